@@ -1,0 +1,176 @@
+"""The command line as Python functions, with the same names, defaults and checks."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, TypedDict
+
+from prunus.progress import Progress
+from prunus.recipe import EvaluatePart, Recipe, Setting, load_recipe
+from prunus.recipe_options import EVALUATE_PLACES, from_options
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+When = Literal["auto", "always", "never"]
+Dtype = Literal["auto", "float32", "bfloat16", "float16"]
+
+
+class Options(TypedDict, total=False):
+    """Keyword arguments of `prune` and `plan`; each has the default that `prunus prune --help` names.
+
+    Attributes:
+        method: a row of `prunus.methods()` of kind method.
+        sparsity: share of the blocks' weights to remove, in [0, 1).
+        pattern: "unstructured", or "N:M" with N kept of every M consecutive inputs.
+        allocation: how the sparsity is divided over the blocks.
+        metric: scores the weights instead of the method's own.
+        update: corrects the kept weights instead of the method's own.
+        settings: hyper-parameters, `{"update.damp": 0.01}`.
+        ignore: globs of matrix names to leave alone.
+        blocks: path of the list of blocks in the model.
+        compat: "exact", or "reference" for the published code's rounding.
+        calibration: text by name, or a file.
+        samples: sequences drawn from it.
+        length: tokens in each.
+        seed: of the draw.
+        bos: begin each sequence with the BOS token.
+        device: where blocks are computed.
+        dtype: number format of the forward passes.
+        trust_remote_code: run Python code from the model's folder.
+        recipe: YAML that supplies the rest.
+    """
+
+    method: str
+    sparsity: float
+    pattern: str
+    allocation: str
+    metric: str
+    update: str
+    settings: dict[str, Setting]
+    ignore: list[str]
+    blocks: str
+    compat: Literal["exact", "reference"]
+    calibration: str | Path
+    samples: int
+    length: int
+    seed: int
+    bos: When
+    device: str
+    dtype: Dtype
+    trust_remote_code: bool
+    recipe: str | Path
+
+
+def prune(
+    model: str | Path,
+    out: str | Path,
+    *,
+    restart: bool = False,
+    overwrite: bool = False,
+    progress: Progress | None = None,
+    **options: Unpack[Options],
+) -> dict[str, Any]:
+    """Prune `model` into the new folder `out`; called again after an interruption it continues.
+
+    Args:
+        model: a folder, a hub id, a .gguf file or an alias such as smollm2.
+        out: the folder for the pruned checkpoint.
+        restart: forget an unfinished run of this `out`.
+        overwrite: replace an existing `out`, once the new one is complete.
+        progress: told about every block; nothing is printed unless given.
+        **options: see `Options`.
+
+    Returns:
+        What `prunus prune --json` prints.
+
+    Raises:
+        PrunusError: something about the options, the model, the text or the place to write to does not do.
+    """
+    from prunus.prune import prune as engine
+
+    return engine(_recipe(model, out, options), Path(out), restart=restart, overwrite=overwrite, progress=progress)
+
+
+def plan(model: str | Path, out: str | Path | None = None, **options: Unpack[Options]) -> dict[str, Any]:
+    """What `prune` with the same arguments would do; reads no weights. Returns what `prunus plan --json` prints."""
+    from prunus.plan import plan as foretell
+
+    return foretell(_recipe(model, out, options))
+
+
+def evaluate(  # noqa: PLR0913 - the options of the command
+    model: str | Path,
+    *,
+    baseline: str | Path | None = None,
+    text: str | Path = "wikitext2",
+    length: int = 1024,
+    windows: int | None = None,
+    bos: When = "auto",
+    sample: str | None = None,
+    device: str = "cpu",
+    dtype: Dtype = "auto",
+    trust_remote_code: bool = False,
+    progress: Progress | None = None,
+) -> dict[str, Any]:
+    """Perplexity of `model` on a text, lower is better; with `baseline`, that model's too, on the same windows.
+
+    Args:
+        model: a folder, a hub id, a .gguf file or an alias.
+        baseline: evaluated first, usually the dense model.
+        text: "wikitext2" (its test split) or a file.
+        length: tokens in each window, at least 2; part of the result.
+        windows: only the first so many.
+        bos: begin each window with the BOS token.
+        sample: a prompt that each model continues by one sentence.
+        device: where to compute.
+        dtype: number format to compute in.
+        trust_remote_code: run Python code from the models' folders.
+        progress: told about every window.
+
+    Returns:
+        What `prunus evaluate --json` prints.
+
+    Raises:
+        PrunusError: an option is out of range, or the model or the text cannot be used.
+    """
+    from prunus.evaluation.perplexity import evaluate as measure
+
+    given = {"model": str(model), "text": str(text), "length": length, "windows": windows, "bos": bos, "sample": sample}
+    recipe = from_options({**given, "device": device, "dtype": dtype}, places=EVALUATE_PLACES)
+    part = (recipe.evaluate or EvaluatePart()).model_dump(exclude={"baseline"})
+    machine = {"device": recipe.device, "dtype": recipe.dtype, "trust_remote_code": trust_remote_code}
+    return measure(model, baseline=baseline, progress=progress, **part, **machine)
+
+
+def inspect(model: str | Path, *, progress: Progress | None = None) -> dict[str, Any]:
+    """Sparsity by block and matrix, and the N:M patterns that hold. Returns what `prunus inspect --json` prints."""
+    from prunus.inspect import inspect as look
+    from prunus.models.source import locate
+
+    return look(locate(model), progress=progress)
+
+
+def methods() -> list[dict[str, Any]]:
+    """Every method, metric, update, pattern and allocation: `name, kind, paper, needs, defaults`."""
+    from prunus.methods.catalogue import rows
+
+    return rows()
+
+
+def run(
+    recipe: str | Path | Recipe, *, restart: bool = False, overwrite: bool = False, progress: Progress | None = None
+) -> dict[str, Any]:
+    """All stages of a recipe, given as YAML file or object; those already done are skipped. See `stages.run`."""
+    from prunus.stages import run as run_stages
+
+    wanted = recipe if isinstance(recipe, Recipe) else load_recipe(recipe)
+    return run_stages(wanted, restart=restart, overwrite=overwrite, progress=progress)
+
+
+def _recipe(model: str | Path, out: str | Path | None, options: Options) -> Recipe:
+    given: dict[str, Any] = {"model": str(model), "out": None if out is None else str(out), **options}
+    file = given.pop("recipe", None)
+    if "calibration" in given:
+        given["calibration"] = str(given["calibration"])
+    return from_options(given, file=file)

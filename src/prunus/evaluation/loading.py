@@ -1,0 +1,70 @@
+"""Loads a whole model for a measurement, by stock transformers and from safetensors only."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+
+from prunus.errors import ModelError, RecipeError, near
+from prunus.models.quiet import quiet
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def check_device(device: str) -> torch.device:
+    """The device as PyTorch knows it.
+
+    Raises:
+        RecipeError: if PyTorch does not know it or this machine lacks it; use cpu.
+    """
+    try:
+        found = torch.device(device)
+        torch.empty(0, device=found)
+    except (RuntimeError, AssertionError) as problem:
+        reason = str(problem).splitlines()[0][:120]
+        raise RecipeError(f"The device {device!r} cannot be used here ({reason}); use cpu.") from problem
+    return found
+
+
+def check_dtype(dtype: str, device: torch.device) -> torch.dtype | str:
+    """The dtype to compute in: "auto" is float32 on a CPU (16-bit products are slow there), else the checkpoint's own.
+
+    Raises:
+        RecipeError: an unknown name.
+    """
+    if dtype == "auto":
+        return torch.float32 if device.type == "cpu" else "auto"
+    if dtype not in DTYPES:
+        raise RecipeError(f"Unknown dtype {dtype!r}.{near(dtype, ['auto', *DTYPES])}")
+    return DTYPES[dtype]
+
+
+def load_model(folder: Path, *, device: str = "cpu", dtype: str = "auto", trust_remote_code: bool = False) -> PreTrainedModel:
+    """The causal language model in `folder`, in evaluation mode, on `device`.
+
+    Raises:
+        ModelError: no causal language model, damaged weights, or weights that the architecture expects and the folder
+            lacks (transformers would fill them with random numbers).
+        RecipeError: unusable device or dtype.
+    """
+    from safetensors import SafetensorError
+    from transformers import AutoModelForCausalLM
+
+    place = check_device(device)
+    kind = check_dtype(dtype, place)
+    try:
+        with quiet():
+            model, report = AutoModelForCausalLM.from_pretrained(
+                folder, dtype=kind, use_safetensors=True, output_loading_info=True, trust_remote_code=trust_remote_code
+            )
+    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as problem:
+        raise ModelError(f"{folder} cannot be loaded as a causal language model: {str(problem)[:300]}") from problem
+    if report["missing_keys"]:
+        missing = sorted(report["missing_keys"])
+        raise ModelError(f"{folder} lacks {len(missing)} weights of its architecture, first {missing[0]}; copy it again.")
+    return model.to(place).eval()

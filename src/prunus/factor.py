@@ -1,0 +1,83 @@
+"""H = R·Rᵀ with R upper triangular: what the OBS metric and the OBS sweep read instead of the inverse Hessian."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from prunus.errors import CalibrationError, RecipeError
+from prunus.statistics import Gram, SiteStats
+
+_LOG = logging.getLogger("prunus")
+_RAISES = (1, 10, 100, 1000)  # the wanted damping, then three tries with ten times more
+
+
+@dataclass(frozen=True, eq=False)
+class Factored:
+    """A damped Hessian, factored.
+
+    Attributes:
+        upper: R `[in, in]`, upper triangular, R·Rᵀ = H + damping·I. The U of SparseGPT (UᵀU = H⁻¹) is R⁻¹, so that
+            U_jj = 1 / R_jj and a diagonal block of U is the inverse of that block of R.
+        dead: bool `[in]`, inputs that were zero on every token.
+        damp: fraction of the mean diagonal that was added in the end.
+    """
+
+    upper: Tensor
+    dead: Tensor
+    damp: float
+
+
+@dataclass(frozen=True)
+class Factor:
+    """Reads `Gram`, gives `Factored`; pass it to `SiteStats.derive`, which computes it once per shared input.
+
+    SparseGPT (Frantar & Alistarh 2023, arXiv:2301.00774, §3) inverts H and factors the inverse. One factorisation is
+    enough: if P reverses the order of the inputs and P·H·P = L·Lᵀ, then R = P·L·P is upper triangular and H = R·Rᵀ.
+
+    Attributes:
+        damp: added to the diagonal, as a fraction of its mean, in [0, 1].
+    """
+
+    damp: float
+
+    def __call__(self, stats: SiteStats) -> Factored:
+        """Factor the Hessian of this input.
+
+        Raises:
+            CalibrationError: if inputs were NaN or infinite.
+            RecipeError: if H stays indefinite at a thousand times the damping, in float64 too; raise the damping.
+        """
+        gram = stats[Gram]
+        if not gram.finite():
+            raise CalibrationError(
+                f"{stats.site}: its calibration inputs hold NaN or infinity, so there is no Hessian."
+                " Calibrate in float32, or look for a damaged weight in an earlier block."
+            )
+        reversed_hessian = gram.hessian.flip(0, 1)
+        diagonal = reversed_hessian.diagonal()
+        dead = diagonal == 0
+        diagonal[dead] = 1.0  # any positive number: nothing is lost with an input that never fires
+        lower, damp = self._cholesky(reversed_hessian, stats.site)
+        return Factored(lower.flip(0, 1), dead.flip(0), damp)
+
+    def _cholesky(self, hessian: Tensor, site: str) -> tuple[Tensor, float]:
+        """The lower factor and the damping that made it possible; says so when that is not the wanted one."""
+        diagonal = hessian.diagonal()
+        wanted = diagonal.clone()
+        for dtype in (hessian.dtype, torch.float64):
+            for raised in _RAISES:
+                damp = self.damp * raised
+                diagonal.copy_(wanted + damp * wanted.mean())
+                lower, failed = torch.linalg.cholesky_ex(hessian.to(dtype))
+                if not failed and bool(lower.diagonal().isfinite().all()):
+                    if raised > 1 or dtype != hessian.dtype:
+                        _LOG.warning("%s: Hessian factored with damp %g in %s, not %g.", site, damp, dtype, self.damp)
+                    return lower.to(hessian.dtype), damp
+        raise RecipeError(
+            f"{site}: the Hessian is not positive definite, even with damp {self.damp * _RAISES[-1]:g} in float64."
+            f" Ask for more with --set update.damp={max(10 * self.damp, 0.01):g}, or use more calibration samples."
+        )

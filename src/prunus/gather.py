@@ -1,0 +1,100 @@
+"""Statistics of one block's matrices, gathered while calibration batches run through it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+from torch import Tensor, nn
+
+from prunus.distributed import Processes
+from prunus.errors import ModelError
+from prunus.models.experts import is_experts, observing
+from prunus.sites import Block
+from prunus.statistics import SiteStats, Statistic
+
+
+class Gatherer:
+    """Feeds the inputs of a block's matrices to their statistics.
+
+    Matrices that are given the same tensor (q, k and v; gate and up) share one set of accumulators. They are recognised
+    in the first batch by the identity of that tensor, so no name is known here.
+    """
+
+    def __init__(self, block: Block, needs: frozenset[type[Statistic]]):
+        """Prepare empty statistics of the types in `needs` for the matrices of a loaded block."""
+        self.slots = {slot.info.name: slot for slot in block.slots}
+        self.block = block
+        self.needs = needs
+        self.leaders: dict[str, str] = {}
+        self.stats: dict[str, SiteStats] = {}
+        self.samples = 0
+        self.seen: dict[tuple[int, int], tuple[Tensor, str]] = {}
+
+    @contextmanager
+    def watching(self) -> Iterator[Gatherer]:
+        """Inside the context, every forward of the block is observed; the modules are as before afterwards."""
+        with ExitStack() as stack:
+            for path, module in self.block.module.named_modules():
+                name = f"{self.block.name}.{path}" if path else self.block.name
+                if is_experts(module):
+                    stack.enter_context(observing(module, self._expert_observer(name)))
+                elif name in self.slots:
+                    handle = module.register_forward_pre_hook(self._hook(name))
+                    stack.callback(handle.remove)
+            yield self
+
+    def begin(self, samples: int) -> None:
+        """Announce the next batch of so many calibration samples; with 0 it is run but not counted."""
+        self.samples = samples
+        self.seen.clear()
+
+    def finish(self, processes: Processes) -> dict[str, SiteStats]:
+        """The statistics of every matrix, added up over all processes.
+
+        Raises:
+            ModelError: the inputs of a matrix were NaN or infinite.
+        """
+        self.seen.clear()
+        for name in self.slots:
+            if self.leaders.setdefault(name, name) == name:
+                own = self._own(name)
+                processes.add_up(tensor for statistic in own for tensor in statistic.tensors())
+                if not all(statistic.finite() for statistic in own):
+                    raise ModelError(f"The inputs of {name} are NaN or infinite on the calibration text.")
+        return {name: self.stats[leader] for name, leader in self.leaders.items()}
+
+    def _hook(self, name: str) -> Any:
+        def observe(module: nn.Module, args: tuple) -> None:
+            self._observe(name, args[0])
+
+        return observe
+
+    def _expert_observer(self, path: str) -> Any:
+        def observe(matrix: str, inputs: Tensor) -> None:
+            if f"{path}.{matrix}" in self.slots:
+                self._observe(f"{path}.{matrix}", inputs)
+
+        return observe
+
+    def _observe(self, name: str, inputs: Tensor) -> None:
+        if not self.samples or not self.needs:
+            return
+        # The tensor is kept with its id, so that the id cannot be given to another one within this batch.
+        _, first = self.seen.setdefault((id(inputs), inputs._version), (inputs, name))
+        leader = self.leaders.setdefault(name, first)
+        if leader != name:
+            return
+        flat = inputs.reshape(-1, inputs.shape[-1])
+        for statistic in self._own(name):
+            statistic.update(flat, self.samples)
+
+    def _own(self, name: str) -> list[Statistic]:
+        """The accumulators of a matrix that has its own, made when first asked for."""
+        if name not in self.stats:
+            slot = self.slots[name]
+            device = getattr(slot.module, slot.attribute).device
+            columns = slot.info.shape[1]
+            self.stats[name] = SiteStats({kind: kind(columns, device) for kind in self.needs}, name)
+        return list(self.stats[name].values())

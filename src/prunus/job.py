@@ -1,0 +1,258 @@
+"""Everything that can be checked or refused before the work begins, gathered in one plain value."""
+
+from __future__ import annotations
+
+import json
+import platform
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import accelerate
+import safetensors
+import torch
+import transformers
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from prunus import __version__, memory
+from prunus.allocations import Allocation
+from prunus.data.calibration import Calibration, calibrate
+from prunus.distributed import Processes
+from prunus.errors import CalibrationError, RecipeError
+from prunus.methods.elementwise import Elementwise
+from prunus.models.checkpoint import Checkpoint
+from prunus.models.discover import find_blocks, uncovered
+from prunus.models.skeleton import skeleton
+from prunus.models.source import locate
+from prunus.models.weights import Weights
+from prunus.recipe import Recipe
+from prunus.statistics import Gram
+from prunus.stream import Batch, Stream
+from prunus.work import Work
+
+# Tokens in one forward pass: enough to keep matrix products busy, little enough to keep activations small.
+BATCH_TOKENS = 2048
+
+# Tokens of the probe that goes through all blocks and is compared after reloading.
+PROBE_TOKENS = 32
+
+
+@dataclass
+class Job:
+    """A run that passed all checks.
+
+    Attributes:
+        recipe: what was asked.
+        out: where the result goes.
+        work: the unfinished state beside it.
+        checkpoint: the dense model's files.
+        stream: the model and its blocks.
+        method: decides about sites.
+        allocation: divides the sparsity.
+        calibration: the tokens and where they come from.
+        batches: this process's share of them, the probe last.
+        device: where blocks are computed.
+        predicted: the terms of the peak memory, bytes.
+        processes: this process among its peers.
+        warnings: what the user should know.
+    """
+
+    recipe: Recipe
+    out: Path
+    work: Work
+    checkpoint: Checkpoint
+    stream: Stream
+    method: Elementwise
+    allocation: Allocation
+    calibration: Calibration
+    batches: list[Batch]
+    device: torch.device
+    predicted: dict[str, int]
+    processes: Processes
+    warnings: list[str]
+
+    @property
+    def probe(self) -> Batch:
+        """The few tokens whose logits are compared after reloading."""
+        return self.batches[-1]
+
+    @property
+    def dtype_name(self) -> str:
+        """Dtype that blocks are computed in."""
+        return str(self.stream.model.dtype).removeprefix("torch.")
+
+    @property
+    def parameters(self) -> int:
+        """Number of the model's weights, tied ones once."""
+        model = self.stream.model
+        return sum(value.numel() for name, value in model.named_parameters() if name not in model.all_tied_weights_keys)
+
+    @property
+    def calibration_summary(self) -> dict[str, Any]:
+        """Where the calibration tokens come from, and whether the method looked at them."""
+        one = self.calibration
+        used = bool(self.method.needs | getattr(self.allocation, "needs", frozenset()))
+        return {
+            "source": one.source, "samples": one.samples, "length": one.length, "seed": one.seed,
+            "sha256": one.sha256, "bos": one.bos, "used": used,
+        }  # fmt: skip
+
+    @property
+    def versions(self) -> dict[str, str]:
+        """Versions of all that has a say in the numbers."""
+        return {
+            "prunus": __version__, "torch": torch.__version__, "transformers": transformers.__version__,
+            "safetensors": safetensors.__version__, "accelerate": accelerate.__version__,
+            "python": platform.python_version(),
+        }  # fmt: skip
+
+    @property
+    def fingerprint(self) -> dict[str, Any]:
+        """What decides the result to the last bit; an unfinished run is only continued under the same."""
+        recipe = {name: value for name, value in self.recipe.resolved().items() if name not in ("out", "evaluate")}
+        versions = {name: self.versions[name] for name in ("prunus", "torch", "transformers")}
+        return {
+            "recipe": json.loads(json.dumps(recipe)),
+            "model": self.checkpoint.identity,
+            "calibration": self.calibration.sha256,
+            "versions": versions,
+            # The order of summation, and with it the last bits, depends on these.
+            "device": self.device.type, "threads": torch.get_num_threads(), "processes": self.processes.world,
+        }  # fmt: skip
+
+    def begin(self, restart: bool) -> None:
+        """Take the work folder, see that the disk is large enough, and say what is continued."""
+        continued = self.work.begin(self.fingerprint, restart)
+        need = int(self.checkpoint.bytes * 1.02) - sum(file.stat().st_size for file in self.work.checkpoint.iterdir())
+        free = shutil.disk_usage(self.work.folder).free
+        if need > free:
+            self.work.close(remove=not continued)
+            raise RecipeError(
+                f"{self.out.parent} has {free / 1e9:.1f} GB free and the pruned model needs {need / 1e9:.1f} GB. "
+                "Free some space or choose another place."
+            )
+
+
+def prepare(recipe: Recipe, out: Path, *, overwrite: bool, processes: Processes) -> Job:
+    """Check everything that can be checked before the first block is loaded.
+
+    Raises:
+        PrunusError: something about the recipe, the model, the text or the output does not do.
+    """
+    method, allocation = recipe.build()
+    device = _device(recipe.device)
+    folder = locate(recipe.model, trust_remote_code=recipe.trust_remote_code)
+    check_out(out, folder, overwrite)
+    checkpoint = Checkpoint.open(folder)
+    model = skeleton(folder, _dtype(recipe.dtype, device, checkpoint), recipe.trust_remote_code)
+    blocks = find_blocks(model, recipe.prune.ignore, recipe.prune.blocks)
+    for block in blocks:
+        for info in block.infos:
+            method.pattern.check(info)
+    calibration = _calibration(recipe, folder, model)
+    batches = _batches(calibration, processes)
+    stream = Stream(model, Weights(model, checkpoint, device), blocks, processes)
+    warnings = [
+        f"{name} ({size:,} weights) is not linear in a way that prunus knows and stays dense."
+        for name, size in _summary(uncovered(blocks))
+    ]
+    predicted = memory.predict(
+        model, blocks,
+        bytes_per_value=model.dtype.itemsize,
+        stored_bytes_per_value=max(stored.dtype.itemsize for stored in checkpoint.tensors.values()),
+        grams=Gram in method.needs,
+        tokens=sum(batch.samples for batch in batches) * calibration.length if method.needs else 0,
+        batch_tokens=min(BATCH_TOKENS, calibration.samples * calibration.length),
+    )  # fmt: skip
+    return Job(
+        recipe, out, Work(out), checkpoint, stream, method, allocation, calibration, batches, device, predicted,
+        processes, warnings,
+    )  # fmt: skip
+
+
+def check_out(out: Path, model: Path, overwrite: bool) -> None:
+    """See that OUT may be written.
+
+    Raises:
+        RecipeError: it exists, is not a folder, lies inside the model (or the other way round) or cannot be written.
+    """
+    place, source = out.resolve(), model.resolve()
+    if place == source or source in place.parents or place in source.parents:
+        raise RecipeError(f"OUT {out} is, holds or lies inside the model's folder {model}; choose another place.")
+    if out.exists() and not out.is_dir():
+        raise RecipeError(f"OUT {out} is a file; choose another name.")
+    if out.exists() and not overwrite:
+        raise RecipeError(f"OUT {out} exists. Choose another name, or add --overwrite to replace it.")
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        trial = out.parent / f".{out.name}.trial"
+        trial.touch()
+        trial.unlink()
+    except OSError as error:
+        raise RecipeError(f"OUT {out} cannot be written: {error.strerror}. Choose another place.") from None
+
+
+def _device(name: str) -> torch.device:
+    device = torch.device(name)
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise RecipeError("--device cuda was asked for, but this PyTorch finds no CUDA device. Use --device cpu.")
+    return device
+
+
+def _dtype(name: str, device: torch.device, checkpoint: Checkpoint) -> torch.dtype:
+    """The dtype to compute in. `auto`: float32 on CPUs, which is exact and mostly faster there; else as stored."""
+    if name != "auto":
+        return getattr(torch, name)
+    if device.type == "cpu":
+        return torch.float32
+    floats = [stored.dtype for stored in checkpoint.tensors.values() if stored.dtype.is_floating_point]
+    return max(set(floats), key=floats.count, default=torch.float32)
+
+
+def _calibration(recipe: Recipe, folder: Path, model: PreTrainedModel) -> Calibration:
+    part = recipe.calibration
+    text = model.config.get_text_config()
+    found = calibrate(
+        part.source, folder, samples=part.samples, length=part.length, seed=part.seed, bos=part.bos,
+        vocabulary=getattr(text, "vocab_size", None), limit=getattr(text, "max_position_embeddings", None),
+    )  # fmt: skip
+    wanted = model.main_input_name
+    if wanted not in found.inputs and "input_ids" not in found.inputs:
+        raise CalibrationError(f"{part.source} has no {wanted!r}, which {type(model).__name__} needs.")
+    return found
+
+
+def _batches(calibration: Calibration, processes: Processes) -> list[Batch]:
+    """This process's share of the samples in batches, and the probe."""
+    inputs = calibration.inputs
+    rows = max(1, BATCH_TOKENS // max(calibration.length, 1))
+    starts = list(range(0, calibration.samples, rows))
+    if len(starts) < processes.world:
+        raise CalibrationError(
+            f"{processes.world} processes need as many batches of {rows} samples, and there are {len(starts)}. "
+            f"Give at least {rows * processes.world} samples or start fewer processes."
+        )
+    cut = [{name: value[start : start + rows] for name, value in inputs.items()} for start in processes.mine(starts)]
+    batches = [Batch(part, len(next(iter(part.values())))) for part in cut]
+    return [*batches, Batch({name: _head(value, calibration.length) for name, value in inputs.items()}, 0)]
+
+
+def _head(value: Tensor, length: int) -> Tensor:
+    """The first sample; of tokens, the first few."""
+    sequence = value.ndim == 2 and value.shape[1] == length
+    return value[:1, :PROBE_TOKENS].clone() if sequence else value[:1].clone()
+
+
+def _summary(found: list[tuple[str, int]]) -> list[tuple[str, int]]:
+    """One entry for all parameters that differ only in the block's number."""
+    groups: dict[str, list[tuple[str, int]]] = {}
+    for name, size in found:
+        pattern = ".".join("*" if part.isdigit() else part for part in name.split("."))
+        groups.setdefault(pattern, []).append((name, size))
+    return [
+        (pattern if len(members) > 1 else members[0][0], sum(size for _, size in members))
+        for pattern, members in groups.items()
+    ]

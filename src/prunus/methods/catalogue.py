@@ -1,0 +1,33 @@
+"""What there is to choose from, as data for `prunus methods`."""
+
+from __future__ import annotations
+
+from dataclasses import fields
+from typing import Any
+
+from prunus.allocations import ALLOCATIONS
+from prunus.methods import METHODS
+from prunus.metrics import METRICS
+from prunus.patterns import NM, Unstructured
+from prunus.updates import UPDATES
+
+_EXAMPLES = {"unstructured": Unstructured(), "N:M": NM()}
+
+
+def rows() -> list[dict[str, Any]]:
+    """One row per name, from the registries.
+
+    Returns:
+        Dictionaries with `name`, `kind` (method, metric, update, pattern, allocation), `paper` (empty if none),
+        `needs` (names of statistics) and `defaults` (hyper-parameter -> value; for a method the names of its parts).
+    """
+    kinds = {"method": METHODS, "metric": METRICS, "update": UPDATES, "pattern": _EXAMPLES, "allocation": ALLOCATIONS}
+    return [_row(name, kind, part) for kind, table in kinds.items() for name, part in table.items()]
+
+
+def _row(name: str, kind: str, part: Any) -> dict[str, Any]:
+    defaults = {item.name: getattr(part, item.name) for item in fields(part) if item.name != "paper"}
+    if kind == "method":
+        defaults = {axis: str(value) for axis, value in defaults.items()}
+    needs = sorted(statistic.__name__ for statistic in getattr(part, "needs", ()))
+    return {"name": name, "kind": kind, "paper": part.paper, "needs": needs, "defaults": defaults}

@@ -1,0 +1,18 @@
+"""Metrics: which weights of a matrix matter. A new one is a file here and a row in `METRICS`."""
+
+from __future__ import annotations
+
+from prunus.metrics.magnitude import Magnitude
+from prunus.metrics.metric import Metric, Scorer
+from prunus.metrics.obs import OBS
+from prunus.metrics.ria import RIA
+from prunus.metrics.wanda import Wanda
+
+METRICS: dict[str, Metric] = {
+    "magnitude": Magnitude(),
+    "wanda": Wanda(),
+    "obs": OBS(),
+    "ria": RIA(),
+}
+
+__all__ = ["METRICS", "OBS", "RIA", "Magnitude", "Metric", "Scorer", "Wanda"]

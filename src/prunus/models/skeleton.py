@@ -1,0 +1,65 @@
+"""The model that a configuration describes, built without its weights."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+import transformers
+from accelerate import init_empty_weights
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers.initialization import no_init_weights
+
+from prunus.errors import ModelError
+
+
+def skeleton(folder: Path, dtype: torch.dtype = torch.float32, trust_remote_code: bool = False) -> PreTrainedModel:
+    """The model of a folder in evaluation mode: parameters on the meta device, buffers real.
+
+    Args:
+        folder: holds a `config.json`.
+        dtype: the dtype that its parameters shall have once loaded.
+        trust_remote_code: run model code that lies in the folder.
+
+    Raises:
+        ModelError: the configuration is unknown, quantised, or needs code from the folder that was not allowed.
+    """
+    config = read_config(folder, trust_remote_code)
+    if getattr(config, "quantization_config", None):
+        raise ModelError(f"{folder} is quantised; prune the unquantised model and quantise the result.")
+    with init_empty_weights(include_buffers=False), no_init_weights():
+        model = _build(config, folder, dtype, trust_remote_code)
+    model.tie_weights()
+    model.config.use_cache = False
+    return model.eval()
+
+
+def read_config(folder: Path, trust_remote_code: bool = False) -> PreTrainedConfig:
+    """The configuration of a folder.
+
+    Raises:
+        ModelError: it is missing, not JSON, of a model type that transformers does not know, or needs remote code.
+    """
+    try:
+        return AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code, local_files_only=True)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        reason = " ".join(str(error).split())
+        if "trust_remote_code" in reason:
+            raise ModelError(
+                f"{folder} needs Python code that lies in the folder. Read it, and if you trust it, "
+                "allow it with --trust-remote-code."
+            ) from None
+        raise ModelError(f"{folder}: config.json cannot be used: {reason[:300]}") from None
+
+
+def _build(config: PreTrainedConfig, folder: Path, dtype: torch.dtype, trust_remote_code: bool) -> PreTrainedModel:
+    """The class that the checkpoint itself names, or the one that transformers' causal-LM table gives."""
+    name = (getattr(config, "architectures", None) or [""])[0]
+    known = getattr(transformers, name, None) if name else None
+    try:
+        if known is not None and not trust_remote_code:
+            return known._from_config(config, dtype=dtype)
+        return AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=trust_remote_code)
+    except (ValueError, KeyError, ImportError, AttributeError, TypeError) as error:
+        reason = " ".join(str(error).split())
+        raise ModelError(f"{folder}: transformers cannot build this model: {reason[:300]}") from None

@@ -1,0 +1,201 @@
+"""Weights between disk and model, one block at a time.
+
+transformers 5 renames and converts tensors while it loads (Mixtral's 8 × 3 expert files become two tensors). That is
+not imitated: the library's own functions are called with the tensors of one block. They are not a documented API, so
+they are used in this file alone, and every block is checked: what was loaded, converted back, must be what was read.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import (
+    WeightConverter,
+    WeightRenaming,
+    convert_and_load_state_dict_in_model,
+    rename_source_key,
+    revert_weight_conversion,
+)
+from transformers.modeling_utils import LoadStateDictConfig
+
+from prunus.errors import ModelError
+from prunus.models.checkpoint import Checkpoint
+
+
+class Weights:
+    """Loads, drops and exports the weights of a model whose parameters begin on the meta device.
+
+    Attributes:
+        model: the model, changed in place by `load` and `drop`.
+        checkpoint: where its tensors lie.
+        device: where loaded tensors go.
+    """
+
+    def __init__(self, model: PreTrainedModel, checkpoint: Checkpoint, device: torch.device):
+        """Map every tensor on disk to the parameter or buffer that it becomes.
+
+        Raises:
+            ModelError: a parameter of the model is in no shard.
+        """
+        self.model = model
+        self.checkpoint = checkpoint
+        self.device = device
+        self.mapping = get_model_conversion_mapping(model)
+        self.targets, self.converted = _targets(model, checkpoint.tensors, self.mapping)
+        self._refuse_missing()
+
+    def sources(self, prefix: str) -> list[str]:
+        """Names on disk of all tensors that end below a dotted path of the model."""
+        return [name for name, targets in self.targets.items() if _below(targets[0], prefix)]
+
+    def outside(self, prefixes: Iterable[str]) -> list[str]:
+        """Names on disk of all tensors that end below none of the dotted paths, unknown ones included."""
+        prefixes = list(prefixes)
+        return [name for name, targets in self.targets.items() if not any(_below(targets[0], p) for p in prefixes)]
+
+    def load(self, names: Iterable[str], checkpoint: Checkpoint | None = None) -> None:
+        """Read tensors and put them where they belong, converted as transformers would.
+
+        Args:
+            names: names on disk.
+            checkpoint: read from here instead, for blocks that are already pruned.
+
+        Raises:
+            ModelError: a tensor has another shape than the model, holds NaN or infinity, or cannot be converted.
+        """
+        state = dict(_finite((checkpoint or self.checkpoint).read(names)))
+        config = LoadStateDictConfig(
+            weight_mapping=self.mapping,
+            device_map={"": self.device},
+            dtype=self.model.dtype,
+            dtype_plan=self.model._get_dtype_plan(self.model.dtype),
+        )
+        with _quiet_progress():
+            info, _ = convert_and_load_state_dict_in_model(self.model, state, config)
+        for name, found, expected in info.mismatched_keys:
+            raise ModelError(f"{name}: the checkpoint has the shape {tuple(found)}, the config {tuple(expected)}.")
+        for name, error in info.conversion_errors.items():
+            raise ModelError(f"{name}: transformers could not convert it while loading: {error}")
+
+    def drop(self, module: nn.Module) -> None:
+        """Put the parameters of a module back on the meta device; buffers stay."""
+        for child in module.modules():
+            for name, parameter in list(child._parameters.items()):
+                if parameter is not None and parameter.device.type != "meta":
+                    empty = torch.empty_like(parameter, device="meta")
+                    child._parameters[name] = nn.Parameter(empty, requires_grad=parameter.requires_grad)
+
+    def dtype(self, parameter: str) -> torch.dtype:
+        """The dtype in which a parameter of the model lies on disk."""
+        return next(self.checkpoint.tensors[name].dtype for name in self._members(parameter))
+
+    def export(self, prefix: str, changed: Iterable[str]) -> dict[str, Tensor]:
+        """The tensors below a dotted path as they shall lie on disk, under their original names and dtypes.
+
+        Args:
+            prefix: dotted path of a loaded block.
+            changed: its parameters that differ from the checkpoint; all other tensors are copied as they lie there.
+
+        Raises:
+            ModelError: converting back does not give the tensors that were read; nothing can be saved safely then.
+        """
+        tensors = dict(self.checkpoint.read(self.sources(prefix)))
+        changed = set(changed)
+        if not changed:
+            return tensors
+        for name, value in self._reverted(prefix, changed).items():
+            stored = tensors.get(name)
+            if stored is None or stored.shape != value.shape:
+                raise ModelError(f"{prefix}: transformers' conversion gives {name}, which the checkpoint does not hold.")
+            tensors[name] = value.to(device="cpu", dtype=stored.dtype).contiguous()
+        return tensors
+
+    def check_reversible(self, prefix: str) -> None:
+        """See that a freshly loaded block, converted back, is what was read.
+
+        Raises:
+            ModelError: it is not; the model cannot be saved under its original names.
+        """
+        converted = [name for name in self.sources(prefix) if name in self.converted]
+        if not converted:
+            return
+        reverted = self._reverted(prefix, {target for name in converted for target in self.targets[name]})
+        for name, stored in self.checkpoint.read(reverted.keys() & self.checkpoint.tensors.keys()):
+            value = reverted.pop(name).to(device="cpu", dtype=stored.dtype)
+            if not torch.equal(value, stored):
+                raise ModelError(f"{name}: cannot be saved under its name, transformers' conversion is not reversible.")
+        if reverted:
+            raise ModelError(f"{prefix}: transformers' conversion gives {min(reverted)}, which is not on disk.")
+
+    def _reverted(self, prefix: str, parameters: set[str]) -> dict[str, Tensor]:
+        """Parameters of a block under their names on disk, in the dtype of the model."""
+        plain = {self.targets[name][0]: name for name in self.sources(prefix) if name not in self.converted}
+        state = {name: value for name, value in self.model.state_dict().items() if _below(name, prefix)}
+        result = {plain[name]: state[name] for name in parameters if name in plain}
+        fused = {name: value for name, value in state.items() if name not in plain and value.device.type != "meta"}
+        if fused and not parameters <= plain.keys():
+            result |= revert_weight_conversion(self.model, fused)
+        return result
+
+    def _members(self, parameter: str) -> Iterator[str]:
+        """Names on disk of the tensors that a parameter is made of."""
+        return (name for name, targets in self.targets.items() if parameter in targets)
+
+    def _refuse_missing(self) -> None:
+        have = {target for targets in self.targets.values() for target in targets}
+        for name, _ in self.model.named_parameters():
+            if name not in have and name not in self.model.all_tied_weights_keys:
+                raise ModelError(f"{self.checkpoint.folder}: no shard holds {name}, which the config promises.")
+
+
+def _targets(
+    model: PreTrainedModel, names: Iterable[str], mapping: list
+) -> tuple[dict[str, tuple[str, ...]], set[str]]:
+    """Name on disk → the parameters made of it, and the names that are converted, not only renamed."""
+    renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
+    converters = [entry for entry in mapping if isinstance(entry, WeightConverter)]
+    parts = {pattern: entry.target_patterns for entry in converters for pattern in entry.source_patterns}
+    meta = model.state_dict()
+    targets: dict[str, tuple[str, ...]] = {}
+    converted = set()
+    for name in names:
+        target, pattern = rename_source_key(name, renamings, converters, model.base_model_prefix, meta)
+        if target not in meta and name in meta:
+            target, pattern = name, None
+        targets[name] = (target,)
+        if pattern is not None and target in meta:
+            converted.add(name)
+            targets[name] = tuple(target.replace(parts[pattern][0], part) for part in parts[pattern])
+    return targets, converted
+
+
+def _finite(tensors: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
+    for name, tensor in tensors:
+        # The sum of finite floats overflows only where single values are absurd; then the slow test decides.
+        if tensor.is_floating_point() and not torch.isfinite(tensor.sum(dtype=torch.float32)):
+            if not torch.isfinite(tensor.float()).all():
+                raise ModelError(f"{name}: holds NaN or infinite weights. Mend or replace the checkpoint.")
+        yield name, tensor
+
+
+def _below(name: str, prefix: str) -> bool:
+    return name == prefix or name.startswith(f"{prefix}.")
+
+
+@contextmanager
+def _quiet_progress() -> Iterator[None]:
+    """Silence the library's bar for every single block, and restore the user's choice after it."""
+    from transformers.utils import logging
+
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()

@@ -1,0 +1,114 @@
+"""N of every M consecutive inputs stay."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from itertools import combinations
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from prunus.errors import RecipeError
+from prunus.patterns.selection import count, keep_highest
+from prunus.sites import SiteInfo
+
+_PAIRWISE = 8  # up to this M comparing all pairs beats selecting row by row
+
+
+@dataclass(frozen=True)
+class NM:
+    """In each row, of every M consecutive inputs the N with the highest scores stay; among equals the last ones.
+
+    N is what stays, as in hardware; the published codes write how many go. Under an allocation each matrix has its
+    own N (`settle`); `n` is then only the target.
+
+    Attributes:
+        n: kept of every group, from 1 to m - 1.
+        m: group size, at least 2.
+    """
+
+    n: int = 2
+    m: int = 4
+
+    paper: ClassVar[str] = "Mishra et al. 2021, arXiv:2104.08378"
+
+    def __post_init__(self) -> None:
+        """Check the range.
+
+        Raises:
+            RecipeError: if not 1 <= n < m.
+        """
+        if not 1 <= self.n < self.m:
+            raise RecipeError(
+                f"Pattern {self.n}:{self.m} must keep at least 1 and less than all of every group:"
+                " N:M with 1 <= N < M, such as 2:4 or 4:8."
+            )
+
+    @property
+    def sparsity(self) -> float:
+        """1 - N/M, the fraction removed."""
+        return 1 - self.n / self.m
+
+    @property
+    def align(self) -> int:
+        """Columns come in whole groups."""
+        return self.m
+
+    def keep(self, scores: Tensor, sparsity: float) -> Tensor:
+        """The mask `[out, cols]` without the ⌊M·sparsity + 1e-9⌋ lowest scores of every group; ties go by index."""
+        assert scores.shape[1] % self.m == 0, (scores.shape, self.m)
+        pruned = count(self.m, sparsity)
+        if self.m > _PAIRWISE:
+            return keep_highest(scores.reshape(-1, self.m), pruned).view(scores.shape)
+        return _keep_pairwise(scores.unflatten(1, (-1, self.m)), pruned).flatten(1)
+
+    def portion(self, sparsity: float, shape: tuple[int, int], columns: slice) -> float:
+        """Every group has the same share, so every slice has."""
+        return sparsity
+
+    def check(self, site: SiteInfo) -> None:
+        """Refuse a matrix whose rows do not consist of whole groups.
+
+        Raises:
+            RecipeError: if in_features is not a multiple of M; choose another pattern or ignore the site.
+        """
+        if site.shape[1] % self.m:
+            raise RecipeError(
+                f"{site.name} has {site.shape[1]} inputs, not a multiple of M={self.m}."
+                " Use another N:M or unstructured, or add it to `ignore`."
+            )
+
+    def settle(self, budget: Mapping[str, float], sizes: Mapping[str, int], target: float) -> dict[str, float]:
+        """Whole weights per group: the largest fractions are rounded up until the target is met.
+
+        Each matrix removes 0 to M - 1 of every group. Within half the weights of the last matrix rounded the total is
+        `target`; with equal sizes that is exact whenever it is a multiple of what one unit removes.
+        """
+        wanted = {site: min(max(sparsity * self.m, 0.0), self.m - 1.0) for site, sparsity in budget.items()}
+        pruned = {site: count(1, 1.0) * int(value + 1e-9) for site, value in wanted.items()}
+        missing = sum(sizes[site] * (target * self.m - pruned[site]) for site in budget)  # in weights per group slot
+        step = 1 if missing > 0 else -1
+        order = sorted(budget, key=lambda site: step * (pruned[site] - wanted[site]))  # stable: ties in site order
+        while any(self._helps(site, sizes, pruned, missing, step) for site in order):
+            for site in order:
+                if self._helps(site, sizes, pruned, missing, step):
+                    pruned[site] += step
+                    missing -= step * sizes[site]
+        return {site: units / self.m for site, units in pruned.items()}
+
+    def _helps(self, site: str, sizes: Mapping[str, int], pruned: Mapping[str, int], missing: float, step: int) -> bool:
+        """Whether one unit more (or less) in this matrix brings the total nearer to the target."""
+        return 0 <= pruned[site] + step < self.m and 2 * step * missing > sizes[site] * (1 - 1e-9)
+
+
+def _keep_pairwise(groups: Tensor, pruned: int) -> Tensor:
+    """Rank by counting: a score goes if fewer than `pruned` of its group come before it. `[rows, groups, m]`."""
+    members = groups.unbind(-1)
+    before = [torch.zeros(members[0].shape, dtype=torch.int8, device=groups.device) for _ in members]
+    for i, j in combinations(range(len(members)), 2):
+        later_is_lower = members[j] < members[i]
+        before[i] += later_is_lower
+        before[j] += ~later_is_lower
+    return torch.stack([rank >= pruned for rank in before], -1)

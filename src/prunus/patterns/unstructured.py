@@ -1,0 +1,75 @@
+"""Any weight may go."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import ClassVar, Literal, get_args
+
+from torch import Tensor
+
+from prunus.errors import RecipeError, near
+from prunus.patterns.selection import count, keep_highest, share
+from prunus.sites import SiteInfo
+
+Group = Literal["row", "matrix"]
+Compat = Literal["exact", "reference"]
+
+
+@dataclass(frozen=True)
+class Unstructured:
+    """Removes the ⌊n·s + 1e-9⌋ lowest scores of every row, or of the whole matrix; ties go by index.
+
+    Attributes:
+        group: what competes: `row` (each output for itself, as Wanda) or `matrix` (as magnitude and SparseGPT).
+        compat: `reference` selects as the published codes do. For rows that is ⌊n·s⌋ of a binary product. For
+            matrices it is every score not above the one at position ⌊n·s⌋ in ascending order: one weight too many,
+            and with bfloat16 weights up to 0.25 % more, because all ties go.
+    """
+
+    group: Group = "row"
+    compat: Compat = "exact"
+
+    paper: ClassVar[str] = ""
+
+    def __post_init__(self) -> None:
+        """Check the names.
+
+        Raises:
+            RecipeError: for an unknown group or compat.
+        """
+        for field, value, known in (("group", self.group, Group), ("compat", self.compat, Compat)):
+            if value not in get_args(known):
+                raise RecipeError(f"pattern.{field} is {value!r}.{near(str(value), get_args(known))}")
+
+    @property
+    def align(self) -> int:
+        """Any column may be asked for alone."""
+        return 1
+
+    def keep(self, scores: Tensor, sparsity: float) -> Tensor:
+        """The mask `[out, cols]` without the lowest scores. In `exact` the count per group is exact."""
+        rows = scores if self.group == "row" else scores.reshape(1, -1)
+        if self.compat == "exact":
+            return keep_highest(rows, count(rows.shape[1], sparsity)).view(scores.shape)
+        index = int(rows.shape[1] * sparsity)
+        if self.group == "row":
+            return keep_highest(rows, index)
+        # Position ⌊n·s⌋ of the sorted scores is past the end for s = 1, where the published code fails.
+        threshold = rows.flatten().kthvalue(min(index + 1, rows.shape[1])).values
+        return scores > threshold
+
+    def portion(self, sparsity: float, shape: tuple[int, int], columns: slice) -> float:
+        """`exact` carries the remainder from slice to slice; `reference` rounds each slice for itself."""
+        if self.compat == "reference":
+            return sparsity
+        lines = 1 if self.group == "row" else shape[0]
+        start, stop = lines * columns.start, lines * columns.stop
+        return share(count(stop, sparsity) - count(start, sparsity), stop - start)
+
+    def check(self, site: SiteInfo) -> None:
+        """Every matrix will do."""
+
+    def settle(self, budget: Mapping[str, float], sizes: Mapping[str, int], target: float) -> dict[str, float]:
+        """Every sparsity can be expressed to within one weight, so the budget stays as it is."""
+        return dict(budget)

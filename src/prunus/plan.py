@@ -1,0 +1,213 @@
+"""What a run would do, from shapes and headers alone: no weight and no text is read."""
+
+from __future__ import annotations
+
+import shutil
+import time
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from prunus import memory
+from prunus.allocations import Allocation
+from prunus.job import BATCH_TOKENS, check_out
+from prunus.job import _device as check_device
+from prunus.job import _dtype as compute_dtype
+from prunus.methods.elementwise import Elementwise
+from prunus.models.checkpoint import Checkpoint
+from prunus.models.discover import find_blocks, uncovered
+from prunus.models.skeleton import skeleton
+from prunus.models.source import locate
+from prunus.recipe import Recipe
+from prunus.sites import Block, SiteInfo
+from prunus.statistics import Gram
+
+# What `calibrate` takes from a text unless told otherwise.
+SAMPLES, LENGTH = 128, 512
+# Seconds that the machine's speed is measured for, and how much of it a forward pass reaches.
+PROBE_SECONDS = 0.2
+REACHED = 0.6
+
+
+def plan(recipe: Recipe) -> dict[str, Any]:
+    """What `prune` would do with the same recipe.
+
+    Args:
+        recipe: `out` may be missing; then the disk of the current folder is looked at.
+
+    Returns:
+        `model, method, metric, update, pattern, allocation, sparsity.wanted, parameters, sites.{count, parameters,
+        share}, budget` ("uniform", "per block", or a sentence when it is decided by a pass over the dense model),
+        `blocks[].{name, matrices, parameters, sparsity}`, `left_alone.{outside, inside, ignored, uncovered}`,
+        `calibration`, `memory.{terms, total}` in bytes, `disk.{needed, free, where}`, `time.{seconds, basis}`.
+
+    Raises:
+        PrunusError: whatever `prune` would refuse before its first block.
+    """
+    method, allocation = recipe.build()
+    device = check_device(recipe.device)
+    folder = locate(recipe.model, trust_remote_code=recipe.trust_remote_code)
+    if recipe.out is not None:
+        check_out(Path(recipe.out), folder, overwrite=True)
+    checkpoint = Checkpoint.open(folder)
+    model = skeleton(folder, compute_dtype(recipe.dtype, device, checkpoint), recipe.trust_remote_code)
+    blocks = find_blocks(model, recipe.prune.ignore, recipe.prune.blocks)
+    sites = [info for block in blocks for info in block.infos]
+    for info in sites:
+        method.pattern.check(info)
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    needs_data = bool(method.needs or allocation.needs)
+    calibration = _calibration(recipe, model) if needs_data else None
+    tokens = calibration["samples"] * calibration["length"] if calibration else 0
+    size = sum(info.size for info in sites)
+    return {
+        "model": recipe.model,
+        **{name: getattr(recipe.prune, name) for name in ("method", "metric", "update", "pattern", "allocation")},
+        "sparsity": {"wanted": recipe.prune.sparsity},
+        "parameters": parameters,
+        "sites": {"count": len(sites), "parameters": size, "share": size / parameters},
+        **_budget(blocks, method, allocation, recipe.prune.sparsity),
+        "left_alone": _left_alone(model, blocks, recipe),
+        "calibration": calibration,
+        "memory": _memory(model, blocks, checkpoint, method, tokens),
+        "disk": _disk(recipe, checkpoint),
+        "time": _time(blocks, method, allocation, tokens, device),
+    }
+
+
+def _calibration(recipe: Recipe, model: nn.Module) -> dict[str, Any]:
+    """How much text will be looked at; a file of ids is asked for its shape only."""
+    part = recipe.calibration
+    samples, length = part.samples or SAMPLES, part.length or LENGTH
+    if part.source.endswith(".npy") and Path(part.source).is_file():
+        import numpy as np
+
+        rows = np.load(part.source, mmap_mode="r", allow_pickle=False).shape
+        samples, length = min(part.samples or rows[0], rows[0]), min(part.length or rows[-1], rows[-1])
+    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    length = length if part.length or limit is None else min(length, limit)
+    return {"source": part.source, "samples": samples, "length": length, "seed": part.seed, "bos": part.bos}
+
+
+class _Foreseen:
+    """Stands for the survey of the dense model: it has the sites, and nothing else is known yet."""
+
+    def __init__(self, sites: list[SiteInfo]):
+        self.sites = sites
+
+    def measure(self, function: Any, needs: frozenset[type] = frozenset()) -> Any:
+        """There is nothing to measure in a plan."""
+        raise _NotForeseenError(needs)
+
+
+class _NotForeseenError(Exception):
+    """An allocation asked for weights or data; `needs` is what it wanted to see."""
+
+    def __init__(self, needs: frozenset[type]):
+        super().__init__()
+        self.needs = needs
+
+
+def _budget(blocks: Sequence[Block], method: Elementwise, allocation: Allocation, sparsity: float) -> dict[str, Any]:
+    """The budget of each block where the allocation can tell it from the sites alone, else how it will be found."""
+    sites = [info for block in blocks for info in block.infos]
+    rows = [
+        {"name": block.name, "matrices": len(block.infos), "parameters": sum(info.size for info in block.infos)}
+        for block in blocks
+    ]
+    try:
+        divided = allocation.divide(_Foreseen(sites), sparsity)
+    except _NotForeseenError as found:
+        source = "the calibration text" if found.needs else "the weights"
+        sentence = f"decided by a first pass over {source}, to {100 * sparsity:.2f} % of all"
+        return {"budget": sentence, "blocks": [{**row, "sparsity": None} for row in rows]}
+    divided = method.pattern.settle(divided, {info.name: info.size for info in sites}, sparsity)
+    for row, block in zip(rows, blocks, strict=True):
+        gone = sum(divided[info.name] * info.size for info in block.infos)
+        row["sparsity"] = gone / row["parameters"] if row["parameters"] else 0.0
+    shares = [row["sparsity"] for row in rows]
+    return {"budget": "uniform" if max(shares) - min(shares) < 1e-9 else "per block", "blocks": rows}
+
+
+def _left_alone(model: nn.Module, blocks: Sequence[Block], recipe: Recipe) -> dict[str, Any]:
+    """Parameters outside the blocks, those inside that are no site, ignored matrices, large ones that nobody covers."""
+    inside = sum(parameter.numel() for block in blocks for parameter in block.module.parameters())
+    kept = {info.name for block in blocks for info in block.infos}
+    everything = find_blocks(model, (), recipe.prune.blocks) if recipe.prune.ignore else blocks
+    return {
+        "outside": sum(parameter.numel() for parameter in model.parameters()) - inside,
+        "inside": inside - sum(info.size for block in blocks for info in block.infos),
+        "ignored": [info.name for block in everything for info in block.infos if info.name not in kept],
+        "uncovered": [(name, size) for name, size in uncovered(blocks)],
+    }
+
+
+def _memory(
+    model: nn.Module, blocks: Sequence[Block], checkpoint: Checkpoint, method: Elementwise, tokens: int
+) -> dict[str, Any]:
+    """The terms of the peak, which sum up to it."""
+    found = memory.predict(
+        model,
+        blocks,
+        bytes_per_value=model.dtype.itemsize,
+        stored_bytes_per_value=max(stored.dtype.itemsize for stored in checkpoint.tensors.values()),
+        grams=Gram in method.needs,
+        tokens=tokens,
+        batch_tokens=min(BATCH_TOKENS, tokens),
+    )
+    terms = {name: value for name, value in found.items() if name != "peak"}
+    together = sum(value for name, value in terms.items() if name not in ("outside", "interpreter"))
+    # The larger of the two is the peak; the other is gone, or not yet there, when it is reached.
+    smaller = (
+        [name for name in terms if name not in ("outside", "interpreter")]
+        if terms["outside"] > together
+        else ["outside"]
+    )
+    return {"terms": {name: value for name, value in terms.items() if name not in smaller}, "total": found["peak"]}
+
+
+def _disk(recipe: Recipe, checkpoint: Checkpoint) -> dict[str, Any]:
+    """Bytes that OUT will take (as many as the dense model) and those free where it will lie."""
+    where = Path(recipe.out).absolute().parent if recipe.out else Path.cwd()
+    while not where.exists():
+        where = where.parent
+    return {"needed": checkpoint.bytes, "free": shutil.disk_usage(where).free, "where": str(where)}
+
+
+def _time(
+    blocks: Sequence[Block], method: Elementwise, allocation: Allocation, tokens: int, device: torch.device
+) -> dict[str, Any]:
+    """Operations of the walk over the machine's measured speed; experts are counted as if each saw every token."""
+    if device.type != "cpu":
+        return {"seconds": None, "basis": "unknown before the first block on this device"}
+    walks = 2 * bool(method.needs) + bool(allocation.needs)
+    operations = sum(walks * 2.0 * info.size * tokens for block in blocks for info in block.infos)
+    if Gram in method.needs:
+        operations += sum(_solving(block, tokens) for block in blocks)
+    speed = _speed()
+    return {
+        "seconds": operations / (REACHED * speed),
+        "basis": f"an estimate: {operations / 1e12:.2g} Tflop, and a product of matrices here reaches {speed / 1e9:.0f} Gflop/s",
+    }
+
+
+def _solving(block: Block, tokens: int) -> float:
+    """Gram sums (one for each parent and width), their factors, and the sweeps."""
+    inputs = Counter((info.name.rpartition(".")[0], info.shape[1]) for info in block.infos)
+    grams = sum(columns**2 * tokens + 2.0 * columns**3 for _, columns in inputs)
+    return grams + sum(float(info.size) * info.shape[1] for info in block.infos)
+
+
+def _speed() -> float:
+    """Operations a second of a float32 product of 512 x 512 matrices, measured for a moment."""
+    one = torch.ones(512, 512)
+    one @ one
+    begun, products = time.perf_counter(), 0
+    while time.perf_counter() - begun < PROBE_SECONDS:
+        one @ one
+        products += 1
+    return products * 2 * 512**3 / (time.perf_counter() - begun)

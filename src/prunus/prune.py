@@ -1,0 +1,207 @@
+"""The main job: measure → allocate → prune, block by block, into a checkpoint that stock tools load."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from prunus import memory
+from prunus.distributed import Processes
+from prunus.edits import apply
+from prunus.job import Job, prepare
+from prunus.models.checkpoint import Checkpoint
+from prunus.output import Output
+from prunus.progress import Progress, Silent
+from prunus.recipe import Recipe
+from prunus.sites import Block
+from prunus.stream import Step
+from prunus.survey import Survey
+from prunus.verify import verify
+from prunus.work import Work
+
+
+def prune(
+    recipe: Recipe, out: Path, *, restart: bool = False, overwrite: bool = False, progress: Progress | None = None
+) -> dict[str, Any]:
+    """Prune a model into a folder; an interrupted call, made again, continues where it stopped.
+
+    Args:
+        recipe: what to prune and how.
+        out: the folder to make.
+        restart: forget unfinished work of an earlier call.
+        overwrite: replace `out` if it exists; it stays untouched until the new one is whole.
+        progress: told about every block.
+
+    Returns:
+        What was done and measured; JSON values (see `docs/formats.md`).
+
+    Raises:
+        PrunusError: the recipe, the model, the text or the place to write to do not do; nothing was changed then.
+    """
+    progress = progress or Silent()
+    clock = Clock()
+    with clock("prepare"):
+        processes = Processes.join(torch.device(recipe.device))
+        job = prepare(recipe, Path(out), overwrite=overwrite, processes=processes)
+    try:
+        result = _run(job, restart, progress, clock)
+    finally:
+        progress.close()
+        job.work.close()
+    processes.leave()
+    return result
+
+
+@dataclass
+class Clock:
+    """Seconds by stage."""
+
+    seconds: dict[str, float] = field(default_factory=dict)
+    started: float = field(default_factory=time.monotonic)
+
+    @contextmanager
+    def __call__(self, stage: str) -> Iterator[None]:
+        """Count the time inside the context to a stage."""
+        begun = time.monotonic()
+        try:
+            yield
+        finally:
+            self.seconds[stage] = self.seconds.get(stage, 0.0) + time.monotonic() - begun
+
+    def read(self) -> dict[str, float]:
+        """Seconds of each stage, and in total."""
+        return {"total": time.monotonic() - self.started, **self.seconds}
+
+
+def _run(job: Job, restart: bool, progress: Progress, clock: Clock) -> dict[str, Any]:
+    """Everything after the checks."""
+    if job.processes.rank == 0:
+        job.begin(restart)
+    job.processes.agree(None)
+    for text in job.warnings:
+        progress.warn(text)
+    output = Output(job)
+    with clock("survey"):
+        budget = _budget(job, progress)
+    with clock("prune"):
+        reports = _blocks(job, output, budget, progress)
+    with clock("finish"):
+        output.outside()
+        logits = job.stream.logits(job.probe.inputs)
+        result = _result(job, reports, clock)
+        if job.processes.rank == 0:
+            probe = output.probe(job.probe.inputs, logits)
+    if job.processes.rank == 0:
+        progress.stage("verify", 1)
+        with clock("verify"):
+            result["verify"] = verify(
+                job.work.checkpoint, probe, job.dtype_name, str(job.device), job.recipe.trust_remote_code
+            )
+        progress.advance("reloaded in a fresh process")
+        result["seconds"] = clock.read()
+        result["peak_rss_bytes"] = memory.peak()
+        output.describe(result)
+        job.work.publish()
+    return result
+
+
+def _budget(job: Job, progress: Progress) -> dict[str, float]:
+    """The sparsity of every site, from the allocation, rounded to what the pattern can express."""
+    stored = job.processes.agree(job.work.read("budget.json"))
+    if stored is None:
+        survey = Survey(job.stream, job.batches, job.work, progress)
+        sizes = {info.name: info.size for info in survey.sites}
+        divided = job.allocation.divide(survey, job.recipe.prune.sparsity)
+        stored = job.method.pattern.settle(divided, sizes, job.recipe.prune.sparsity)
+        if job.processes.rank == 0:
+            job.work.write("budget.json", stored)
+    return stored
+
+
+def _blocks(job: Job, output: Output, budget: Mapping[str, float], progress: Progress) -> list[dict[str, Any]]:
+    """Prune every block that is not finished; returns the reports of all."""
+    reports = {block.name: job.processes.agree(output.report(block)) for block in job.stream.blocks}
+
+    def finished(block: Block) -> Checkpoint | None:
+        return output.shard(block) if reports[block.name] else None
+
+    progress.stage("prune", len(job.stream.blocks))
+    for _ in filter(None, reports.values()):
+        progress.advance("finished before")
+    needs = job.method.needs
+    for step in job.stream.walk(job.batches if needs else job.batches[-1:], needs, finished):
+        begun = time.monotonic()
+        report = _block(job, step, budget)
+        report["seconds"] = time.monotonic() - begun
+        if job.processes.rank == 0:
+            output.block(step.block, report)
+        job.processes.agree(None)
+        reports[step.block.name] = report
+        progress.advance(step.block.name, error=report["error"])
+    return [report for block in job.stream.blocks if (report := reports[block.name])]
+
+
+def _block(job: Job, step: Step, budget: Mapping[str, float]) -> dict[str, Any]:
+    """Prune the matrices of one block and run it again; returns its report."""
+    matrices = []
+    for slot, matrix in zip(step.block.slots, step.block.matrices(), strict=True):
+        edit = job.method.prune(matrix, step.stats[matrix.name], budget[matrix.name])
+        apply(matrix, edit, job.stream.weights.dtype(slot.parameter))
+        zeros = matrix.weight.numel() - int(matrix.weight.count_nonzero())
+        size = matrix.weight.numel()
+        matrices.append({
+            "name": matrix.name, "shape": list(slot.info.shape), "wanted": budget[matrix.name],
+            "sparsity": zeros / size, "zeros": zeros, "unseen": step.stats[matrix.name].unseen,
+        })  # fmt: skip
+    size = sum(info.size for info in step.block.infos)
+    return {
+        "name": step.block.name,
+        "sparsity": sum(matrix["zeros"] for matrix in matrices) / size if size else 0.0,
+        "wanted": sum(budget[info.name] * info.size for info in step.block.infos) / size if size else 0.0,
+        "error": step.propagate(),
+        "matrices": matrices,
+    }
+
+
+def _result(job: Job, reports: list[dict[str, Any]], clock: Clock) -> dict[str, Any]:
+    """The object that `--json` prints, but for what verifying adds."""
+    matrices = [matrix for report in reports for matrix in report["matrices"]]
+    size = sum(matrix["shape"][0] * matrix["shape"][1] for matrix in matrices)
+    zeros = sum(matrix["zeros"] for matrix in matrices)
+    unseen = sum(matrix["unseen"] for matrix in matrices)
+    if unseen and job.method.needs:
+        job.warnings.append(
+            f"{unseen} of {len(matrices)} matrices saw no calibration token (rarely used experts); they were ranked by "
+            "magnitude. More --samples would reach them."
+        )
+    part = job.recipe.prune
+    return {
+        "model": job.recipe.model,
+        "out": str(job.out),
+        "method": part.method,
+        "metric": part.metric,
+        "update": part.update,
+        "pattern": part.pattern,
+        "allocation": part.allocation,
+        "sparsity": {"wanted": part.sparsity, "reached": zeros / size, "model": zeros / job.parameters},
+        "blocks": reports,
+        "sites": len(matrices),
+        "parameters": {"model": job.parameters, "sites": size, "zeros": zeros},
+        "calibration": job.calibration_summary,
+        "seconds": clock.read(),
+        "peak_rss_bytes": memory.peak(),
+        "predicted_peak_bytes": job.predicted["peak"],
+        "size": {"dense_bytes": job.checkpoint.bytes, "out_bytes": job.checkpoint.bytes},
+        "device": str(job.device),
+        "dtype": job.dtype_name,
+        "threads": torch.get_num_threads(),
+        "processes": job.processes.world,
+        "versions": job.versions,
+        "warnings": list(job.warnings),
+    }

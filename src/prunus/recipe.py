@@ -1,0 +1,253 @@
+"""The recipe: what a user asks for, checked once at the border; the only place that knows YAML.
+
+A `Recipe` is plain values. Below it nothing sees pydantic or YAML: `build` translates it into the objects that
+work. Importing this module loads neither torch nor transformers, so help and bad input answer at once.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, WithJsonSchema, model_validator
+from pydantic_core import PydanticCustomError
+
+from prunus.errors import RecipeError
+from prunus.recipe_errors import explain
+from prunus.recipe_yaml import beside, dump_yaml, read_yaml
+
+if TYPE_CHECKING:
+    from prunus.allocations import Allocation
+    from prunus.methods.elementwise import Elementwise
+
+# Sparsities written with a few digits, such as 0.333 for 2:3, mean the pattern's own.
+PATTERN_TOLERANCE = 1e-3
+
+Bos = Literal["auto", "always", "never"]
+
+
+def _number(value: Any) -> Any:
+    # pydantic reads true as 1; in a recipe that is a slip of the pen.
+    if isinstance(value, bool):
+        raise PydanticCustomError("number", "a number")
+    return value
+
+
+def _settings(value: Any) -> Any:
+    for key, item in value.items() if isinstance(value, Mapping) else ():
+        if not isinstance(item, str | int | float):
+            raise PydanticCustomError(
+                "sentence", "{key} must be one number, word or true/false", {"key": f"settings.{key}"}
+            )
+    return value
+
+
+Count = Annotated[int, BeforeValidator(_number)]
+Share = Annotated[float, BeforeValidator(_number)]
+Setting = str | int | float | bool
+Settings = Annotated[dict[str, Setting], BeforeValidator(_settings)]
+Name = Annotated[str, Field(min_length=1)]
+
+
+class _Part(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=False)
+
+
+class CalibrationPart(_Part):
+    """The text that shows each matrix its usual inputs."""
+
+    source: Name = Field(
+        "wikitext2",
+        description="an embedded text (wikitext2), a file (.txt, .jsonl, .parquet, each also .gz; .npy of token ids "
+        "[samples, length]) or the name of a data set on the hub",
+    )
+    samples: Annotated[int | None, BeforeValidator(_number)] = Field(
+        None, ge=1, description="sequences drawn from the text; 128, or all rows of a file of ids"
+    )
+    length: Annotated[int | None, BeforeValidator(_number)] = Field(
+        None, ge=2, description="tokens in each sequence; 512, or as long as the rows of a file of ids"
+    )
+    seed: Count = Field(0, ge=0, lt=2**63, description="seed of the draw; the same seed gives the same tokens")
+    bos: Bos = Field("auto", description="begin each sequence with the BOS token; auto: where the tokenizer does so")
+
+
+def pattern_sparsity(pattern: str) -> float | None:
+    """`1 - N/M` for N:M, None for a pattern that leaves the sparsity free.
+
+    Raises:
+        PydanticCustomError: N is not between 1 and M - 1.
+    """
+    match = re.fullmatch(r"\s*(-?\d+)\s*:\s*(-?\d+)\s*", pattern)
+    if not match:
+        return None
+    kept, group = int(match[1]), int(match[2])
+    if not 0 < kept < group:
+        raise PydanticCustomError(
+            "sentence",
+            "pattern {pattern} cannot be: N:M keeps N of every M weights, so N must be at least 1 and below M, as "
+            "in 2:4",
+            {"pattern": pattern},
+        )
+    return 1 - kept / group
+
+
+class PrunePart(_Part):
+    """What is removed: metric x pattern x update, divided over the blocks by an allocation."""
+
+    method: Name = Field("wanda", description="a row of `prunus methods` of kind method")
+    metric: Name | None = Field(None, description="scores weights by this metric instead of the method's own")
+    update: Name | None = Field(
+        None, description="corrects the kept weights by this update instead of the method's own"
+    )
+    pattern: Name = Field(
+        "unstructured", description="unstructured, or N:M: N kept of every M consecutive inputs (2:4)"
+    )
+    sparsity: Share = Field(
+        0.5, ge=0, lt=1, allow_inf_nan=False, description="share of the weights to remove; N:M fixes it"
+    )
+    allocation: Annotated[Name, WithJsonSchema({"anyOf": [{"type": "string"}, {"type": "object"}]})] = Field(
+        "uniform", description="divides the sparsity over the blocks; a name, or {name: owl, span: 0.08}"
+    )
+    settings: Settings = Field(
+        default_factory=dict, description="hyper-parameters as part.field: value, such as update.damp: 0.01"
+    )
+    ignore: list[Name] = Field(default_factory=list, description="globs of matrix names to leave alone")
+    blocks: Name | None = Field(None, description="path of the list of blocks, where they are not found by themselves")
+    compat: Literal["exact", "reference"] = Field(
+        "exact", description="exact counts, or the published code's own rounding to match published numbers"
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _spread_allocation(cls, data: Any) -> Any:
+        """`allocation: {name: owl, span: 0.08}` is `allocation: owl` with the setting `allocation.span`."""
+        if not isinstance(data, Mapping) or not isinstance(data.get("allocation"), Mapping):
+            return data
+        spread = {f"allocation.{key}": value for key, value in data["allocation"].items() if key != "name"}
+        settings = data.get("settings") or {}
+        if "name" not in data["allocation"]:
+            raise PydanticCustomError("sentence", "allocation must have a name, such as {name: owl, span: 0.08}")
+        twice = sorted(spread.keys() & settings.keys()) if isinstance(settings, Mapping) else ()
+        if twice:
+            raise PydanticCustomError("sentence", "{key} is given twice; remove one", {"key": twice[0]})
+        return {**data, "allocation": data["allocation"]["name"], "settings": {**settings, **spread}}
+
+    @model_validator(mode="after")
+    def _pattern_fixes_sparsity(self) -> PrunePart:
+        fixed = pattern_sparsity(self.pattern)
+        if fixed is None:
+            return self
+        if "sparsity" in self.model_fields_set and abs(self.sparsity - fixed) > PATTERN_TOLERANCE:
+            raise PydanticCustomError(
+                "sentence",
+                "pattern {pattern} removes {fixed} of the weights and contradicts sparsity {sparsity}; leave sparsity "
+                "out or choose another pattern",
+                {"pattern": self.pattern, "fixed": f"{fixed:.4g}", "sparsity": f"{self.sparsity:g}"},
+            )
+        object.__setattr__(self, "sparsity", fixed)  # frozen for everyone else
+        return self
+
+
+class EvaluatePart(_Part):
+    """Perplexity of the result, with the dense model beside it."""
+
+    text: Name = Field("wikitext2", description="a text by name, or a file")
+    length: Count = Field(1024, ge=2, description="tokens in each window; perplexities compare only at equal length")
+    windows: Annotated[int | None, BeforeValidator(_number)] = Field(
+        None, ge=1, description="how many windows from the start of the text; all of them unless given"
+    )
+    bos: Bos = Field("auto", description="begin each window with the BOS token; auto: where the tokenizer does so")
+    baseline: bool = Field(True, description="evaluate the dense model too")
+    sample: Name | None = Field(None, description="also continue this prompt by one sentence")
+
+
+class Recipe(_Part):
+    """All that is needed to repeat a run: the model, the text, what to remove, how to judge it."""
+
+    model: Name = Field(description="a folder, a hub id, a .gguf file or an alias such as smollm2")
+    out: Name | None = Field(None, description="folder for the pruned checkpoint")
+    calibration: CalibrationPart = Field(default_factory=CalibrationPart)
+    prune: PrunePart = Field(default_factory=PrunePart)
+    evaluate: EvaluatePart | None = Field(None, description="judge the result; leave out to skip")
+    device: Annotated[str, Field(pattern=r"^(cpu|mps|cuda(:\d+)?|xpu(:\d+)?)$")] = Field(
+        "cpu",
+        description="where blocks are computed",
+        json_schema_extra={"expected": "cpu, cuda, cuda:1, mps or xpu"},
+    )
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
+        "auto", description="number format of the forward passes; the checkpoint keeps its own"
+    )
+    trust_remote_code: bool = Field(False, description="run Python code that the model's folder brings along")
+
+    def resolved(self) -> dict[str, Any]:
+        """Every value with the defaults written out; `Recipe(**recipe.resolved()) == recipe`."""
+        return self.model_dump(mode="json")
+
+    def build(self) -> tuple[Elementwise, Allocation]:
+        """The method and the allocation as objects.
+
+        Raises:
+            RecipeError: a name is unknown, a setting is not one of its part or out of range; the message has the
+                nearest names.
+        """
+        from prunus.methods.compose import compose
+
+        prune = self.prune
+        return compose(
+            prune.method,
+            metric=prune.metric,
+            update=prune.update,
+            pattern=prune.pattern,
+            allocation=prune.allocation,
+            settings=dict(prune.settings),
+            compat=prune.compat,
+        )
+
+
+def recipe(data: Mapping[str, Any], *, source: str = "", names: Mapping[str, str] | None = None) -> Recipe:
+    """Check a mapping and make it a recipe.
+
+    Args:
+        data: nested, as YAML gives it.
+        source: named in front of each complaint, such as the file.
+        names: for places that the user wrote under another name, that name (`prune.sparsity` -> `--sparsity`).
+
+    Raises:
+        RecipeError: one sentence for each thing that is wrong.
+    """
+    try:
+        return Recipe.model_validate(data)
+    except ValidationError as error:
+        raise RecipeError(explain(error, Recipe.model_json_schema(), source, names or {})) from None
+
+
+def load_recipe(path: str | Path) -> Recipe:
+    """Read a YAML recipe; relative paths in it are relative to the file.
+
+    Raises:
+        RecipeError: the file is missing, is not YAML, or says something that a recipe cannot.
+    """
+    return recipe(read_recipe(Path(path)), source=str(path))
+
+
+def read_recipe(path: Path) -> dict[str, Any]:
+    """The mapping of a recipe file, not yet checked, with its paths made relative to the file."""
+    data = read_yaml(path)
+    # A part that is written but empty (`prune:`) means its defaults.
+    for part in ("calibration", "prune", "evaluate"):
+        if part in data and data[part] is None:
+            data[part] = {}
+    beside(data, path.parent)
+    return data
+
+
+def dump(recipe: Recipe) -> str:
+    """The recipe as YAML with every default written out; `load_recipe` reads it back to an equal recipe."""
+    return dump_yaml(recipe.resolved())
+
+
+def schema() -> dict[str, Any]:
+    """JSON schema of a recipe, for editors."""
+    return {"$schema": "https://json-schema.org/draft/2020-12/schema", **Recipe.model_json_schema()}

@@ -1,0 +1,270 @@
+"""Results as text for people: the data first, these words second. Every function takes what `--json` prints."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from prunus.progress import clock
+from prunus.text import bytes_text, pairs, percent, table, wrap
+
+Result = Mapping[str, Any]
+
+
+def prune_text(result: Result) -> str:
+    """What was removed, what it took, what it buys and what to do next."""
+    sparsity, size = result["sparsity"], result.get("size", {})
+    facts = {
+        "removed": f"{percent(sparsity['reached'])} of the weights of {len(result['blocks'])} blocks"
+        + (f", {percent(sparsity['model'])} of the whole model" if sparsity.get("model") is not None else ""),
+        "blocks": _spread(result["blocks"]),
+        "calibrated": calibration_line(result.get("calibration")),
+        "took": _took(result["seconds"]),
+        "memory": _memory(result),
+        "checked": _checked(result.get("verify")),
+        "size": _size(size),
+    }
+    head = f"Pruned {result['model']} with {result['method']} ({result['pattern']}, {result['allocation']}) into {result['out']}"
+    parts = [head, pairs(facts), *_warnings(result.get("warnings")), buys(result["pattern"])]
+    # No prompt sign: a line that can be copied.
+    parts.append(
+        f"Next:\n  prunus evaluate {shlex.quote(str(result['out']))} --baseline {shlex.quote(str(result['model']))}"
+    )
+    return "\n\n".join(parts)
+
+
+def plan_text(result: Result) -> str:
+    """What would be touched, the budget, what is left alone, and what it would take."""
+    sites, sparsity = result["sites"], result["sparsity"]
+    facts = {
+        "would remove": f"{percent(sparsity['wanted'])} of {sites['parameters']:,} weights: {sites['count']:,} matrices in "
+        f"{len(result['blocks'])} blocks, {percent(sites['share'])} of the model's {result['parameters']:,} parameters",
+        "method": method_line(result),
+        "budget": _budget_line(result),
+        "left alone": _left_alone(result["left_alone"]),
+        "calibration": calibration_line(result["calibration"]) or "none needed",
+        "peak memory": _terms(result["memory"]),
+        "disk": f"{bytes_text(result['disk']['needed'])} in {result['disk']['where']}, {bytes_text(result['disk']['free'])} free",
+        "time": _time_line(result["time"]),
+    }
+    parts = [f"Plan for {result['model']} (no weights were read)", pairs(facts)]
+    if result["budget"] == "per block":
+        rows = [(block["name"], f"{block['parameters']:,}", f"{block['sparsity']:.4f}") for block in result["blocks"]]
+        parts.append(table(("block", "weights", "sparsity"), rows, right=(1, 2)))
+    return "\n\n".join([*parts, *_warnings(result.get("warnings")), buys(result["pattern"])])
+
+
+def evaluate_text(result: Result) -> str:
+    """Perplexities side by side, with all that they depend on."""
+    measured = [result["baseline"], result] if result.get("baseline") else [result]
+    rows = [(str(item["model"]), f"{item['perplexity']:,.2f}", f"{item['seconds']:,.1f}") for item in measured]
+    windows = f"{result['windows']} windows of {result['length']} tokens of {result['text']}"
+    below = [f"{windows}{_bos(result.get('bos'))}, {result.get('dtype', 'float32')}. Lower is better."]
+    if len(measured) == 2:
+        below.append(
+            f"Perplexity is {result['perplexity'] / result['baseline']['perplexity']:,.3f} times the baseline's."
+        )
+    samples = [f"{item['model']}:\n{wrap(item['sample'], '    ')}" for item in measured if item.get("sample")]
+    return "\n\n".join([table(("model", "perplexity", "seconds"), rows, right=(1, 2)), wrap(" ".join(below)), *samples])
+
+
+def inspect_text(result: Result, *, matrices: bool = False) -> str:
+    """Sparsity by block, or by matrix, and what else the files say."""
+    items = result["blocks"]
+    if matrices:
+        items = [matrix for block in items for matrix in block["matrices"]]
+    rows = [
+        (
+            item["name"],
+            "x".join(map(str, item["shape"])) if matrices else f"{item['parameters']:,}",
+            f"{item['sparsity']:.4f}",
+            ", ".join(_telling(item)) + (" (stored transposed)" if item.get("axis") == "rows" else ""),
+        )
+        for item in items
+    ]
+    head = f"{result['model']}: {percent(result['pruned_share'])} of the weights inside blocks are zero, {percent(result['sparsity'])} of all {result['parameters']:,} parameters"
+    columns = ("matrix" if matrices else "block", "shape" if matrices else "weights", "sparsity", "holds")
+    listing = table(columns, rows, right=(1, 2)) if rows else "No matrix lies inside a numbered block."
+    notes = pairs({"made by": _provenance(result["provenance"]), "look out": _oddities(result)})
+    return "\n\n".join(part for part in (wrap(head), listing, notes) if part)
+
+
+def _telling(item: Result) -> list[str]:
+    """Patterns worth showing: those that account for the zeros, and 2:4, which hardware knows.
+
+    Of a few random zeros some loose pattern such as 13:16 always holds; it says nothing.
+    """
+    from prunus.inspect import EXPLAINED, tightest
+
+    def share(pattern: str) -> float:
+        kept, group = map(int, pattern.split(":"))
+        return kept / group
+
+    most = 1 - item["sparsity"] + EXPLAINED
+    return tightest([pattern for pattern in item["patterns"] if share(pattern) <= most or pattern == "2:4"])
+
+
+def methods_text(result: Result) -> str:
+    """The registries as one table, kind by kind."""
+    tables = []
+    for kind in dict.fromkeys(row["kind"] for row in result["methods"]):
+        rows = [
+            (row["name"], ", ".join(row["needs"]) or "weights alone", row["paper"])
+            for row in result["methods"]
+            if row["kind"] == kind
+        ]
+        tables.append(table((f"{kind}", "needs", "paper"), rows))
+    return "\n\n".join(tables)
+
+
+def run_text(result: Result) -> str:
+    """The stages of a recipe, those that were already done named as such."""
+    parts = []
+    if "prune" in result["skipped"]:
+        pruned = result["prune"]
+        parts.append(
+            f"{pruned['out']} is complete for this recipe ({percent(pruned['sparsity']['reached'])} removed): not "
+            "pruned again."
+        )
+    else:
+        parts.append(prune_text(result["prune"]).partition("\n\nNext:")[0])
+    if result["evaluate"]:
+        done = "The evaluation was already there:\n\n" if "evaluate" in result["skipped"] else ""
+        parts.append(done + evaluate_text(result["evaluate"]))
+    return "\n\n".join(parts)
+
+
+def buys(pattern: str) -> str:
+    """What a pattern gives at run time today, and what it does not."""
+    stored = (
+        "The zeros are stored like any other number: the files stay as large as the dense model's, and transformers, "
+        "vLLM and llama.cpp run them no faster."
+    )
+    if ":" not in pattern:
+        gain = "Unstructured zeros keep the most quality at a given sparsity; a runtime made for them is needed to gain speed."
+    elif pattern == "2:4":
+        gain = (
+            "2:4 is the one pattern that GPUs execute (NVIDIA, Ampere and later, through torch.sparse); current "
+            "vLLM no longer "
+            "does. On CPUs it gains nothing over unstructured 50 % and costs quality."
+        )
+    else:
+        gain = f"No stock runtime executes {pattern}; a runtime made for it is needed to gain speed."
+    return wrap(f"What it buys: {stored} {gain}")
+
+
+def calibration_line(calibration: Result | None) -> str:
+    """`128 x 512 tokens of wikitext2, seed 0, BOS at the head of each`."""
+    if not calibration:
+        return ""
+    tokens = f"{calibration['samples']} x {calibration['length']} tokens of {calibration['source']}"
+    return f"{tokens}, seed {calibration['seed']}{_bos(calibration.get('bos'))}"
+
+
+def method_line(result: Result) -> str:
+    """The method with what replaces its parts."""
+    parts = [f"{axis} {result[axis]}" for axis in ("metric", "update") if result.get(axis)]
+    return ", ".join([result["method"], *parts, f"pattern {result['pattern']}", f"allocation {result['allocation']}"])
+
+
+def _bos(bos: Any) -> str:
+    return {True: ", BOS at the head of each", False: ", no BOS"}.get(bos, "")
+
+
+def _spread(blocks: Sequence[Result]) -> str:
+    """The sparsest, the densest and the worst block, in one line."""
+    sparsities = [block["sparsity"] for block in blocks]
+    low, high = min(sparsities, default=0.0), max(sparsities, default=0.0)
+    text = f"{percent(low)} each" if high - low < 1e-4 else f"{percent(low)} to {percent(high)}"
+    errors = [(block["error"], block["name"]) for block in blocks if block.get("error") is not None]
+    if errors:
+        error, name = max(errors)
+        text += f"; output error at most {error:.4f} of the dense output (squared), in {name}"
+    return text
+
+
+def _took(seconds: Result) -> str:
+    parts = [f"{name} {clock(value)}" for name, value in seconds.items() if name != "total" and value >= 0.5]
+    return clock(seconds["total"]) + (f" ({', '.join(parts)})" if parts else "")
+
+
+def _memory(result: Result) -> str:
+    predicted = result.get("predicted_peak_bytes")
+    return f"{bytes_text(result['peak_rss_bytes'])} at the peak" + (
+        f", {bytes_text(predicted)} predicted" if predicted else ""
+    )
+
+
+def _checked(verify: Result | None) -> str:
+    if not verify:
+        return ""
+    difference = verify.get("relative_difference", verify["max_difference"])
+    equal = f"differ from the run's by {difference:.1g} of the largest (allowed: {verify['tolerance']:.0g})"
+    return (
+        f"loaded by stock transformers in a fresh process; its logits {equal if difference else 'are those of the run'}"
+    )
+
+
+def _size(size: Result) -> str:
+    if not size:
+        return ""
+    return f"{bytes_text(size['out_bytes'])} of weights, dense {bytes_text(size['dense_bytes'])}"
+
+
+def _budget_line(result: Result) -> str:
+    if result["budget"] == "per block":
+        return "per block, see below"
+    if result["budget"] == "uniform":
+        return f"{percent(result['blocks'][0]['sparsity'])} in every block"
+    return result["budget"]
+
+
+def _left_alone(left: Result) -> str:
+    parts = [f"{left['outside']:,} parameters outside the blocks (embeddings, head, last norm)"]
+    parts.append(f"{left['inside']:,} inside them (norms, biases and what is no matrix)")
+    if left["ignored"]:
+        parts.append(f"{len(left['ignored'])} ignored matrices")
+    if left["uncovered"]:
+        names = ", ".join(f"{name} ({size:,})" for name, size in left["uncovered"][:3])
+        more = f" and {len(left['uncovered']) - 3} more" if len(left["uncovered"]) > 3 else ""
+        parts.append(f"large parameters that no method covers: {names}{more}")
+    return "; ".join(parts)
+
+
+def _terms(memory: Result) -> str:
+    if not memory.get("total"):
+        return "unknown"
+    terms = [f"{name.replace('_', ' ')} {bytes_text(value)}" for name, value in memory["terms"].items() if value]
+    return f"{bytes_text(memory['total'])} = {' + '.join(terms)}"
+
+
+def _time_line(time: Result) -> str:
+    return time["basis"] if time["seconds"] is None else f"about {clock(time['seconds'])} ({time['basis']})"
+
+
+def _provenance(record: Result | None) -> str:
+    if not record:
+        return "unknown: there is no prunus.json"
+    recipe = record.get("recipe") if isinstance(record.get("recipe"), Mapping) else {}
+    prune = recipe.get("prune") if isinstance(recipe.get("prune"), Mapping) else {}
+    what = ", ".join(str(prune[key]) for key in ("method", "pattern", "allocation") if prune.get(key))
+    result = record.get("result") if isinstance(record.get("result"), Mapping) else {}
+    version = (result.get("versions") or {}).get("prunus", "")
+    return f"prunus {version} from {recipe.get('model', '?')}" + (f": {what}" if what else "")
+
+
+def _oddities(result: Result) -> str:
+    counts = (
+        ("negative_zeros", "zeros written as -0.0"),
+        ("nan", "values that are NaN"),
+        ("infinite", "infinite values"),
+    )
+    parts = [f"{result[key]:,} {text}" for key, text in counts if result[key]]
+    if result["other_dtypes"]:
+        parts.append(f"tensors of type {', '.join(result['other_dtypes'])} were not counted")
+    return "; ".join(parts)
+
+
+def _warnings(warnings: Iterable[str] | None) -> list[str]:
+    return [wrap(f"Warning: {warning}") for warning in warnings or ()]

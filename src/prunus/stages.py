@@ -1,0 +1,119 @@
+"""All stages of a recipe, one after the other; what is already there is not done again."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from prunus.errors import RecipeError
+from prunus.progress import Progress, Silent
+from prunus.recipe import EvaluatePart, Recipe
+
+RECORD = "prunus.json"
+EVALUATION = "evaluation.json"
+
+
+def run(
+    recipe: Recipe, *, restart: bool = False, overwrite: bool = False, progress: Progress | None = None
+) -> dict[str, Any]:
+    """Prune, then evaluate if the recipe says so. A stage whose result lies in OUT for the same recipe is skipped.
+
+    Args:
+        recipe: must name `out`.
+        restart: forget an unfinished run.
+        overwrite: replace an OUT that another recipe made.
+        progress: told about every block and window.
+
+    Returns:
+        `{"prune": ..., "evaluate": ... or None, "skipped": [names of stages that were already done]}`.
+
+    Raises:
+        RecipeError: the recipe has no `out`.
+        PrunusError: as the stages raise.
+    """
+    if recipe.out is None:
+        raise RecipeError("The recipe has no `out`; add the folder for the pruned checkpoint, such as `out: pruned`.")
+    progress = progress or Silent()
+    out = Path(recipe.out)
+    skipped = []
+    pruned = None if restart else finished(recipe, out)
+    if pruned is None:
+        from prunus.prune import prune
+
+        pruned = prune(recipe, out, restart=restart, overwrite=overwrite, progress=progress)
+    else:
+        skipped.append("prune")
+    if recipe.evaluate is None:
+        return {"prune": pruned, "evaluate": None, "skipped": skipped}
+    key = _evaluation_key(recipe, recipe.evaluate, out)
+    evaluated = _evaluated(out, key)
+    if evaluated is None:
+        evaluated = _evaluate(recipe, recipe.evaluate, out, progress)
+        _write(out / EVALUATION, {**key, "result": evaluated})
+    else:
+        skipped.append("evaluate")
+    return {"prune": pruned, "evaluate": evaluated, "skipped": skipped}
+
+
+def finished(recipe: Recipe, out: Path) -> dict[str, Any] | None:
+    """The result of an earlier run of the same recipe in `out`; None if there is none.
+
+    The recipes are compared without `out` and `evaluate`, which do not change the checkpoint.
+    """
+    record = _read(out / RECORD)
+    if not isinstance(record.get("recipe"), Mapping) or not isinstance(record.get("result"), Mapping):
+        return None
+    return dict(record["result"]) if _bare(record["recipe"]) == _bare(recipe.resolved()) else None
+
+
+def _bare(recipe: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in recipe.items() if key not in ("out", "evaluate")}
+
+
+def _evaluate(recipe: Recipe, part: EvaluatePart, out: Path, progress: Progress) -> dict[str, Any]:
+    from prunus.evaluation.perplexity import evaluate
+
+    return evaluate(
+        str(out),
+        baseline=recipe.model if part.baseline else None,
+        device=recipe.device,
+        dtype=recipe.dtype,
+        trust_remote_code=recipe.trust_remote_code,
+        progress=progress,
+        **part.model_dump(exclude={"baseline"}),
+    )
+
+
+def _evaluation_key(recipe: Recipe, part: EvaluatePart, out: Path) -> dict[str, Any]:
+    """What an evaluation depends on: its own settings and the record of the checkpoint."""
+    record = _read(out / RECORD)
+    return {
+        "evaluate": part.model_dump(mode="json"),
+        "device": recipe.device,
+        "dtype": recipe.dtype,
+        "of": record.get("fingerprint") or record.get("created"),
+    }
+
+
+def _evaluated(out: Path, key: Mapping[str, Any]) -> dict[str, Any] | None:
+    stored = _read(out / EVALUATION)
+    same = all(stored.get(name) == value for name, value in key.items())
+    return dict(stored["result"]) if same and isinstance(stored.get("result"), Mapping) else None
+
+
+def _read(path: Path) -> dict[str, Any]:
+    """A JSON object from disk; empty where there is none, since then the stage is simply done again."""
+    try:
+        data = json.loads(path.read_text("utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return data if isinstance(data, dict) else {}
+
+
+def _write(path: Path, data: Mapping[str, Any]) -> None:
+    """Whole or not at all: written beside, then renamed."""
+    beside = path.with_name(f"{path.name}.partial")
+    beside.write_text(json.dumps(data, indent=2, ensure_ascii=False) + "\n", "utf-8")
+    beside.replace(path)

@@ -1,0 +1,200 @@
+"""What is learned about a site from calibration tokens: running sums, one set per distinct input tensor."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, Protocol, TypeVar
+
+import torch
+from torch import Tensor
+
+Value = TypeVar("Value")
+Kind = TypeVar("Kind", bound="Statistic")
+
+_TOKENS = 256  # tokens squared at a time: the temporary then stays in a core's cache
+_PANELS = 4  # of the Gram matrix: 5/8 of the full product's work; narrower panels multiply more slowly
+
+
+class Statistic(Protocol):
+    """A running sum over calibration tokens. Statistics of parts of the data add up to that of the whole."""
+
+    def __init__(self, features: int, device: torch.device | str = "cpu") -> None:
+        """Start from no tokens.
+
+        Args:
+            features: length of one input row.
+            device: where the sums live, the device of the inputs.
+        """
+        ...
+
+    @property
+    def tokens(self) -> int:
+        """Number of input rows seen."""
+        ...
+
+    def update(self, x: Tensor, samples: int) -> None:
+        """Add inputs `x [tokens, in]` of any floating dtype, which belong to `samples` calibration sequences."""
+        ...
+
+    def finite(self) -> bool:
+        """Whether no NaN or infinite input has been seen; ask before use, and name the site if not."""
+        ...
+
+    def tensors(self) -> list[Tensor]:
+        """The running sums themselves, to be summed over processes in place."""
+        ...
+
+
+class InputNorm:
+    """Σ_t x_tj² per input j: the size of each input (Wanda, Sun et al. 2023, arXiv:2306.11695, §3)."""
+
+    def __init__(self, features: int, device: torch.device | str = "cpu") -> None:
+        # float64: a sum of 10^6 squares would lose its last tokens in float32.
+        self._sum = torch.zeros(features, dtype=torch.float64, device=device)
+        self._counts = torch.zeros(2, dtype=torch.int64, device=device)
+
+    @property
+    def samples(self) -> int:
+        """Number of calibration sequences seen."""
+        return int(self._counts[0])
+
+    @property
+    def tokens(self) -> int:
+        """Number of input rows seen."""
+        return int(self._counts[1])
+
+    @property
+    def mean_square(self) -> Tensor:
+        """Σ_t x_tj² / samples, float32 `[in]`: per sequence, not per token, as the published code has it."""
+        return (self._sum / max(self.samples, 1)).float()
+
+    @property
+    def norm(self) -> Tensor:
+        """‖X_j‖₂ / √samples, float32 `[in]`."""
+        return self.mean_square.sqrt()
+
+    def update(self, x: Tensor, samples: int) -> None:
+        """Add inputs `x [tokens, in]` of any floating dtype, which belong to `samples` calibration sequences."""
+        for part in x.split(_TOKENS):
+            # float32 before squaring: float16 overflows above 255.
+            self._sum += part.float().square().sum(0)
+        self._counts += torch.tensor([samples, len(x)], device=self._counts.device)
+
+    def finite(self) -> bool:
+        """Whether no NaN or infinite input has been seen."""
+        return bool(self._sum.isfinite().all())
+
+    def tensors(self) -> list[Tensor]:
+        """The running sums, to be summed over processes in place."""
+        return [self._sum, self._counts]
+
+
+class Gram:
+    """XᵀX: how the inputs of a site move together, the Hessian of its squared output error up to a factor.
+
+    One `[features, features]` buffer. While tokens come in only the lower panels are filled (5/8 of the work); reading
+    `hessian` mirrors them in place.
+    """
+
+    def __init__(
+        self, features: int, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
+    ) -> None:
+        self._sum = torch.zeros(features, features, dtype=dtype, device=device)
+        self._counts = torch.zeros(2, dtype=torch.int64, device=device)
+
+    @property
+    def samples(self) -> int:
+        """Number of calibration sequences seen."""
+        return int(self._counts[0])
+
+    @property
+    def tokens(self) -> int:
+        """Number of input rows seen."""
+        return int(self._counts[1])
+
+    @property
+    def hessian(self) -> Tensor:
+        """(2 / samples)·XᵀX, `[in, in]`, symmetric (Frantar & Alistarh 2023, arXiv:2301.00774, §3). A fresh tensor."""
+        for panel in self._panels():
+            self._sum[panel, panel.stop :] = self._sum[panel.stop :, panel].T
+        return self._sum * (2 / max(self.samples, 1))
+
+    def update(self, x: Tensor, samples: int) -> None:
+        """Add inputs `x [tokens, in]` of any floating dtype, which belong to `samples` calibration sequences."""
+        x = x.to(self._sum.dtype)
+        for panel in self._panels():
+            self._sum[panel, : panel.stop].addmm_(x[:, panel].T, x[:, : panel.stop])
+        self._counts += torch.tensor([samples, len(x)], device=self._counts.device)
+
+    def _panels(self) -> list[slice]:
+        """Groups of rows; of each, the columns up to its last row are summed directly."""
+        width = self._sum.shape[0]
+        step = max(1, -(-width // _PANELS))
+        return [slice(start, min(start + step, width)) for start in range(0, width, step)]
+
+    def finite(self) -> bool:
+        """Whether no NaN or infinite input has been seen. The diagonal tells: it bounds every other entry."""
+        return bool(self._sum.diagonal().isfinite().all())
+
+    def tensors(self) -> list[Tensor]:
+        """The running sums, to be summed over processes in place."""
+        return [self._sum, self._counts]
+
+
+class SiteStats(Mapping[type, Any]):
+    """The statistics of one site, by type: `stats[InputNorm].norm`.
+
+    Sites with the same input tensor share one `SiteStats` (or at least one `memo`), so that what `derive` computes is
+    computed once for q, k and v. It must live no longer than their block.
+    """
+
+    def __init__(
+        self, statistics: Mapping[type, Statistic], site: str = "", memo: dict[Any, Any] | None = None
+    ) -> None:
+        """Collect what was gathered.
+
+        Args:
+            statistics: type -> instance.
+            site: dotted name for messages, of the first site that has this input.
+            memo: where `derive` keeps its results; give the same one to sites that share their input but not all of
+                their statistics.
+        """
+        self.site = site
+        self._statistics = dict(statistics)
+        self._memo = {} if memo is None else memo
+
+    def __getitem__(self, kind: type[Kind]) -> Kind:
+        """The statistic of this type.
+
+        Raises:
+            TypeError: if it was not gathered; a mistake of ours, in the `needs` of the part that reads it.
+        """
+        if kind not in self._statistics:
+            gathered = ", ".join(sorted(other.__name__ for other in self._statistics))
+            raise TypeError(
+                f"{self.site or 'a site'}: {kind.__name__} is read but only {{{gathered}}} was gathered;"
+                f" add {kind.__name__} to the `needs` of the part that reads it."
+            )
+        return self._statistics[kind]  # type: ignore[return-value]
+
+    def __iter__(self) -> Iterator[type]:
+        return iter(self._statistics)
+
+    def __len__(self) -> int:
+        return len(self._statistics)
+
+    @property
+    def unseen(self) -> bool:
+        """Whether statistics were wanted and not one token came by, as happens to rarely used experts."""
+        return bool(self._statistics) and all(statistic.tokens == 0 for statistic in self._statistics.values())
+
+    def derive(self, function: Callable[[SiteStats], Value]) -> Value:
+        """`function(self)`, computed once for all sites that share this input.
+
+        Args:
+            function: hashable, and equal to another exactly if it computes the same: a module-level function or a
+                frozen dataclass with `__call__`.
+        """
+        if function not in self._memo:
+            self._memo[function] = function(self)
+        return self._memo[function]

@@ -1,0 +1,14 @@
+"""Updates: how the kept weights make up for the lost ones. A new one is a file here and a row in `UPDATES`."""
+
+from __future__ import annotations
+
+from prunus.updates.keep import Keep
+from prunus.updates.obs_sweep import OBSSweep
+from prunus.updates.update import Choose, Update
+
+UPDATES: dict[str, Update] = {
+    "keep": Keep(),
+    "obs": OBSSweep(),
+}
+
+__all__ = ["UPDATES", "Choose", "Keep", "OBSSweep", "Update"]

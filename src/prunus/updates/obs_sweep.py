@@ -1,0 +1,119 @@
+"""One sweep over the columns: each loss is made up for by the columns to its right."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar, Literal, get_args
+
+import torch
+from torch import Tensor
+
+from prunus.errors import RecipeError, near
+from prunus.factor import Factor, Factored
+from prunus.statistics import Gram, SiteStats
+from prunus.updates.update import Choose
+
+Compat = Literal["exact", "reference"]
+
+
+@dataclass(frozen=True)
+class OBSSweep:
+    """SparseGPT's column sweep (Frantar & Alistarh 2023, arXiv:2301.00774, Algorithm 1), looking left.
+
+    With UᵀU = (H + damping)⁻¹, column j goes with error e_j = w_j / U_jj in the pruned rows and every column i to its
+    right becomes w_i - e_j·U_ji. Here a column collects all its corrections when its turn comes, and columns are asked
+    for, and fixed, a block at a time. The inverse is never formed: with H = R·Rᵀ the corrections of block b by all
+    earlier ones are Σ_a (W_a - Ŵ_a)·R_ab·R_bb⁻¹, because (W - Ŵ)·R = E.
+
+    A pruned weight is made up for only by those to its right, so this is not the least-squares optimum of its mask.
+
+    Attributes:
+        block: columns per mask decision, at least 1; 128 as in the paper. Rounded to whole groups of an N:M pattern.
+            A fixed mask gives the same weights for every block size.
+        damp: fraction of the mean diagonal of H added to the diagonal, in [0, 1]; 0.01 as in SparseGPT.
+        compat: `reference` zeroes every input that never fires, even beyond the wanted sparsity. `exact` keeps the
+            count: their weights go first (the OBS metric scores them 0), and what exceeds the quota stays, without
+            effect on the output.
+    """
+
+    block: int = 128
+    damp: float = 0.01
+    compat: Compat = "exact"
+
+    paper: ClassVar[str] = "Frantar & Alistarh 2023, arXiv:2301.00774"
+    needs: ClassVar[frozenset[type]] = frozenset({Gram})
+
+    def __post_init__(self) -> None:
+        """Check the ranges.
+
+        Raises:
+            RecipeError: if block < 1, damp is outside [0, 1], or compat is unknown.
+        """
+        if self.block < 1:
+            raise RecipeError(f"update.block is {self.block}; it must be at least 1 column (the paper uses 128).")
+        if not 0 <= self.damp <= 1:
+            raise RecipeError(f"update.damp is {self.damp:g}; it must be in [0, 1] (SparseGPT uses 0.01).")
+        if self.compat not in get_args(Compat):
+            raise RecipeError(f"update.compat is {self.compat!r}.{near(self.compat, get_args(Compat))}")
+
+    def __call__(self, weight: Tensor, choose: Choose, stats: SiteStats) -> tuple[Tensor, Tensor]:
+        """The updated weight `[out, in]` in float32 or better, +0.0 where pruned, and the mask.
+
+        Raises:
+            CalibrationError: if inputs were NaN or infinite.
+            RecipeError: if the Hessian cannot be factored; raise damp.
+        """
+        factored = stats.derive(Factor(self.damp))
+        # Columns as rows: every step below then reads and writes contiguous memory.
+        dense = weight.T.to(torch.promote_types(weight.dtype, torch.float32), copy=True).contiguous()
+        dead = factored.dead if self.compat == "reference" and not stats.unseen else None
+        if dead is not None:
+            dense[dead] = 0.0
+        swept, mask = self._sweep(dense, choose, factored)
+        if dead is not None:
+            mask[dead] = False
+        return swept.T.contiguous(), mask.T.contiguous()
+
+    def _sweep(self, dense: Tensor, choose: Choose, factored: Factored) -> tuple[Tensor, Tensor]:
+        """The swept weight and the mask, both `[in, out]`."""
+        upper = factored.upper.to(dense.dtype)
+        swept, mask = torch.empty_like(dense), torch.empty_like(dense, dtype=torch.bool)
+        lost = torch.empty_like(dense)  # W - Ŵ
+        width = max(self.block - self.block % choose.align, choose.align)
+        for start in range(0, len(dense), width):
+            columns = slice(start, min(start + width, len(dense)))
+            inverse = _inverse(upper[columns, columns])
+            gathered = upper[:start, columns].T @ lost[:start]
+            present = torch.addmm(dense[columns], inverse.T, gathered)
+            swept[columns], mask[columns] = _sweep_block(present, inverse, choose, columns)
+            torch.sub(dense[columns], swept[columns], out=lost[columns])
+        return swept, mask
+
+
+def _inverse(upper: Tensor) -> Tensor:
+    """Inverse of an upper triangular `[n, n]`."""
+    identity = torch.eye(len(upper), dtype=upper.dtype, device=upper.device)
+    return torch.linalg.solve_triangular(upper, identity, upper=True)
+
+
+def _sweep_block(present: Tensor, inverse: Tensor, choose: Choose, columns: slice) -> tuple[Tensor, Tensor]:
+    """Fix one block of columns, given their values `present [cols, out]` and U of the block `[cols, cols]`."""
+    mask = torch.empty_like(present, dtype=torch.bool)
+    errors = torch.empty_like(present)  # e_j = (w_j - ŵ_j) / U_jj
+    step = choose.align if choose.align > 1 else len(present)
+    for start in range(0, len(present), step):
+        part = slice(start, start + step)
+        now = torch.addmm(present[part], inverse[:start, part].T, errors[:start], alpha=-1)
+        asked = slice(columns.start + start, columns.start + start + step)
+        mask[part] = choose(now.T, asked).T
+        _errors(now, mask[part], inverse[part, part], errors[part])
+    swept = torch.addmm(present, inverse.T, errors, alpha=-1)
+    return swept.masked_fill_(~mask, 0.0), mask
+
+
+def _errors(present: Tensor, mask: Tensor, inverse: Tensor, errors: Tensor) -> None:
+    """Column by column: what is left of each, and its error, written into `errors [cols, out]`."""
+    scale = (~mask) / inverse.diagonal()[:, None]
+    for i in range(len(present)):
+        torch.addmv(present[i], errors[:i].T, inverse[:i, i], alpha=-1, out=errors[i])
+        errors[i] *= scale[i]

@@ -1,0 +1,146 @@
+"""The unfinished state of a run, kept beside its output so that a killed run goes on where it stopped.
+
+`OUT` appears only when it is whole, by one rename. Until then all lies in `.OUT.prunus` next to it:
+
+    run.json        what is being done (the fingerprint)
+    survey/         what an allocation has measured, block by block
+    budget.json     the sparsity of every site
+    done/           one report per finished block, written after its shard
+    checkpoint/     what becomes OUT
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from prunus.errors import RecipeError
+
+
+class Work:
+    """A folder of unfinished work; one process at a time owns it.
+
+    Attributes:
+        out: where the finished checkpoint will be.
+        folder: the unfinished work.
+        checkpoint: what becomes `out`.
+    """
+
+    def __init__(self, out: Path):
+        """Name the folders; nothing is read or written."""
+        self.out = out
+        self.folder = out.parent / f".{out.name}.prunus"
+        self.checkpoint = self.folder / "checkpoint"
+        self._lock: Any = None
+
+    def begin(self, fingerprint: Mapping[str, Any], restart: bool) -> bool:
+        """Take the folder, new or as an earlier run left it.
+
+        Args:
+            fingerprint: JSON values that decide the result; an unfinished run with others is not continued.
+            restart: forget an unfinished run.
+
+        Returns:
+            True if there is unfinished work to continue.
+
+        Raises:
+            RecipeError: another process owns the folder, or the unfinished run was of something else.
+        """
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self._take_lock()
+        if restart:
+            self._clear()
+        before = self._read("run.json")
+        if before is not None and before != dict(fingerprint):
+            raise RecipeError(
+                f"{self.folder} holds an unfinished run of something else ({_differences(before, fingerprint)}). "
+                "Run the command that began it to continue, or add --restart to forget it."
+            )
+        for name in ("survey", "done", "checkpoint"):
+            (self.folder / name).mkdir(exist_ok=True)
+        self.write("run.json", dict(fingerprint))
+        return before is not None
+
+    def write(self, name: str, value: Any) -> None:
+        """Write JSON beside and rename, so that a file is whole or absent."""
+        self._replace(self.folder / name, json.dumps(value, indent=1, allow_nan=False).encode())
+
+    def read(self, name: str) -> Any:
+        """The JSON written under this name, or None."""
+        return self._read(name)
+
+    def write_tensors(self, name: str, tensors: Mapping[str, Tensor]) -> None:
+        """Write a safetensors file beside and rename; it is on disk when this returns."""
+        path = self.folder / name
+        beside = path.with_name(f"{path.name}.partial")
+        save_file(dict(tensors), beside, metadata={"format": "pt"})
+        with beside.open("rb+") as stream:
+            os.fsync(stream.fileno())
+        beside.replace(path)
+
+    def read_tensors(self, name: str) -> dict[str, Tensor] | None:
+        """The tensors written under this name, or None."""
+        path = self.folder / name
+        return load_file(path) if path.is_file() else None
+
+    def publish(self) -> None:
+        """Make the checkpoint appear as OUT; an old OUT is removed only once the new one stands in its place."""
+        replaced = self.folder / "replaced"
+        if self.out.exists():
+            self.out.replace(replaced)
+        self.checkpoint.replace(self.out)
+        self.close(remove=True)
+
+    def close(self, remove: bool = False) -> None:
+        """Give the folder free; with `remove`, delete it."""
+        if remove:
+            shutil.rmtree(self.folder)
+        if self._lock is not None:
+            self._lock.close()
+            self._lock = None
+
+    def _take_lock(self) -> None:
+        self._lock = (self.folder / "lock").open("w")
+        try:
+            # Released by the system when the process ends, however it ends.
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise RecipeError(f"Another prunus process is writing {self.out}. Wait for it, or choose another OUT.") from None
+
+    def _clear(self) -> None:
+        for path in self.folder.iterdir():
+            if path.is_dir():
+                shutil.rmtree(path)
+            elif path.name != "lock":
+                path.unlink()
+
+    def _read(self, name: str) -> Any:
+        path = self.folder / name
+        return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+
+    def _replace(self, path: Path, content: bytes) -> None:
+        beside = path.with_name(f"{path.name}.partial")
+        with beside.open("wb") as stream:
+            stream.write(content)
+            os.fsync(stream.fileno())
+        beside.replace(path)
+
+
+def _differences(before: Mapping[str, Any], now: Mapping[str, Any], prefix: str = "") -> str:
+    """What changed between two fingerprints, in words."""
+    found = []
+    for key in sorted(before.keys() | now.keys()):
+        one, other = before.get(key), now.get(key)
+        if isinstance(one, Mapping) and isinstance(other, Mapping):
+            found.append(_differences(one, other, f"{prefix}{key}."))
+        elif one != other:
+            found.append(f"{prefix}{key} was {one!r} and is {other!r} now")
+    return "; ".join(part for part in found if part)
