@@ -87,7 +87,7 @@ def prune(
     Raises:
         PrunusError: something about the options, the model, the text or the place to write to does not do.
     """
-    from prunus.prune import prune as engine
+    from prunus.engine import prune as engine
 
     return engine(_recipe(model, out, options), Path(out), restart=restart, overwrite=overwrite, progress=progress)
 

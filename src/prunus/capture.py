@@ -104,7 +104,7 @@ class Recorder:
             hidden = _hidden(block, args, kwargs, last.get(block.tower))
             recording.hidden.setdefault(block.tower, hidden)
             recording.calls[block.name] = Call(*self._taken(args, kwargs, hidden))
-            last[block.tower] = hidden + offset
+            last[block.tower] = hidden + offset if offset else hidden
             form = self.forms(block, args, kwargs)
             self.extras.update((id(value), block.name) for value in _extras(form))
             return in_form(form, last[block.tower])

@@ -53,7 +53,7 @@ def model_card(result: Mapping[str, Any], recipe: Mapping[str, Any] | None = Non
     Local paths are cut to their last part: a card is published, and the maker's folders are nobody's business.
 
     Args:
-        result: what `prunus.prune.prune` returns.
+        result: what `prunus.engine.prune` returns.
         recipe: the resolved recipe, for settings that the result does not repeat.
     """
     sparsity = result["sparsity"]

@@ -66,13 +66,13 @@ class Factor:
 
     def _cholesky(self, hessian: Tensor, site: str) -> tuple[Tensor, float]:
         """The lower factor and the damping that made it possible; says so when that is not the wanted one."""
-        diagonal = hessian.diagonal()
-        wanted = diagonal.clone()
+        given = hessian.diagonal().double()
         for dtype in (hessian.dtype, torch.float64):
+            damped = hessian.to(dtype)
             for raised in _RAISES:
                 damp = self.damp * raised
-                diagonal.copy_(wanted + damp * wanted.mean())
-                lower, failed = torch.linalg.cholesky_ex(hessian.to(dtype))
+                damped.diagonal().copy_(given + damp * given.mean())
+                lower, failed = torch.linalg.cholesky_ex(damped)
                 if not failed and bool(lower.diagonal().isfinite().all()):
                     if raised > 1 or dtype != hessian.dtype:
                         _LOG.warning("%s: Hessian factored with damp %g in %s, not %g.", site, damp, dtype, self.damp)

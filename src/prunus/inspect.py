@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from torch import dtype as Dtype
 
 # Groups of consecutive inputs that are tried. Each is twice the one before, which `tightest` relies on.
-GROUPS = (2, 4, 8, 16)
+GROUPS: tuple[int, ...] = (2, 4, 8, 16)
 # A tensor under a numbered module, as in `model.layers.3.mlp.up_proj.weight`; the first number is the block's.
 NUMBERED = re.compile(r"^((?:.*?\.)?\d+)\.(.+)$")
 # Slices of a 3-D tensor narrower than this are the taps of a convolution, not an expert.
@@ -171,7 +171,7 @@ def _written(kept: Mapping[int, float]) -> list[str]:
 
 def _kept(stack: Tensor) -> dict[int, float]:
     """For every M that some N below M fits: N / M."""
-    worst = dict.fromkeys(GROUPS, 0)
+    worst: dict[int, int] = dict.fromkeys(GROUPS, 0)
     for matrix in stack:
         _fullest(matrix, worst)
         if all(worst[group] >= group for group in worst):
@@ -180,7 +180,7 @@ def _kept(stack: Tensor) -> dict[int, float]:
 
 
 def _fullest(matrix: Tensor, worst: dict[int, int]) -> None:
-    """Raise `worst[M]` to the largest number of non-zeros among M consecutive inputs; drop an M that does not divide."""
+    """Raise `worst[M]` to the largest number of non-zeros among M inputs in a row; drop an M that does not divide."""
     columns = matrix.shape[1]
     for group in [group for group in worst if columns % group]:
         del worst[group]

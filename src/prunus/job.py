@@ -20,6 +20,7 @@ from transformers import PreTrainedModel
 from prunus import __version__, memory
 from prunus.allocations import Allocation
 from prunus.data.calibration import Calibration, calibrate
+from prunus.data.tokens import folder_positions
 from prunus.distributed import Processes
 from prunus.errors import CalibrationError, RecipeError
 from prunus.methods.elementwise import Elementwise
@@ -58,6 +59,7 @@ class Job:
         predicted: the terms of the peak memory, bytes.
         processes: this process among its peers.
         warnings: what the user should know.
+        resumed: number of blocks that an earlier call had finished.
     """
 
     recipe: Recipe
@@ -73,6 +75,7 @@ class Job:
     predicted: dict[str, int]
     processes: Processes
     warnings: list[str]
+    resumed: int = 0
 
     @property
     def probe(self) -> Batch:
@@ -145,7 +148,8 @@ def prepare(recipe: Recipe, out: Path, *, overwrite: bool, processes: Processes)
     method, allocation = recipe.build()
     device = _device(recipe.device)
     folder = locate(recipe.model, trust_remote_code=recipe.trust_remote_code)
-    check_out(out, folder, overwrite)
+    work = Work(out)
+    check_out(out, folder, overwrite or work.published)
     checkpoint = Checkpoint.open(folder)
     model = skeleton(folder, _dtype(recipe.dtype, device, checkpoint), recipe.trust_remote_code)
     blocks = find_blocks(model, recipe.prune.ignore, recipe.prune.blocks)
@@ -168,7 +172,7 @@ def prepare(recipe: Recipe, out: Path, *, overwrite: bool, processes: Processes)
         batch_tokens=min(BATCH_TOKENS, calibration.samples * calibration.length),
     )  # fmt: skip
     return Job(
-        recipe, out, Work(out), checkpoint, stream, method, allocation, calibration, batches, device, predicted,
+        recipe, out, work, checkpoint, stream, method, allocation, calibration, batches, device, predicted,
         processes, warnings,
     )  # fmt: skip
 
@@ -217,7 +221,7 @@ def _calibration(recipe: Recipe, folder: Path, model: PreTrainedModel) -> Calibr
     text = model.config.get_text_config()
     found = calibrate(
         part.source, folder, samples=part.samples, length=part.length, seed=part.seed, bos=part.bos,
-        vocabulary=getattr(text, "vocab_size", None), limit=getattr(text, "max_position_embeddings", None),
+        vocabulary=getattr(text, "vocab_size", None), limit=folder_positions(folder),
     )  # fmt: skip
     wanted = model.main_input_name
     if wanted not in found.inputs and "input_ids" not in found.inputs:

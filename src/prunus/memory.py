@@ -8,6 +8,8 @@ None of the terms grows with the depth of the model (architecture, "one block at
 
 from __future__ import annotations
 
+import ctypes
+import os
 import resource
 import sys
 from collections.abc import Sequence
@@ -59,6 +61,13 @@ def predict(
     return {"interpreter": interpreter, **terms, "peak": interpreter + max(terms["outside"], together)}
 
 
+def release() -> None:
+    """Give freed memory back to the system, where the C library is glibc; it would otherwise be kept and add up."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
+    if trim is not None:
+        trim(0)
+
+
 def current() -> int:
     """Resident memory of this process now, bytes."""
     return _status("VmRSS") or peak()
@@ -69,12 +78,19 @@ def peak() -> int:
     return _status("VmHWM") or resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
+def available() -> int:
+    """Memory that this machine can still give, bytes; the whole of it where the system does not say."""
+    return _read("/proc/meminfo", "MemAvailable") or os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
 def _status(field: str) -> int | None:
     """A field of Linux's process status; unlike getrusage it does not count the parent before exec."""
-    status = Path("/proc/self/status")
-    if not status.is_file():
-        return None
-    for line in status.read_text().splitlines():
+    return _read("/proc/self/status", field)
+
+
+def _read(file: str, field: str) -> int | None:
+    path = Path(file)
+    for line in path.read_text().splitlines() if path.is_file() else ():
         if line.startswith(f"{field}:"):
             return int(line.split()[1]) * 1024
     return None

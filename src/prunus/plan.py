@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from transformers import PreTrainedModel
 
 from prunus import memory
 from prunus.allocations import Allocation
@@ -79,7 +79,7 @@ def plan(recipe: Recipe) -> dict[str, Any]:
     }
 
 
-def _calibration(recipe: Recipe, model: nn.Module) -> dict[str, Any]:
+def _calibration(recipe: Recipe, model: PreTrainedModel) -> dict[str, Any]:
     """How much text will be looked at; a file of ids is asked for its shape only."""
     part = recipe.calibration
     samples, length = part.samples or SAMPLES, part.length or LENGTH
@@ -129,11 +129,11 @@ def _budget(blocks: Sequence[Block], method: Elementwise, allocation: Allocation
     for row, block in zip(rows, blocks, strict=True):
         gone = sum(divided[info.name] * info.size for info in block.infos)
         row["sparsity"] = gone / row["parameters"] if row["parameters"] else 0.0
-    shares = [row["sparsity"] for row in rows]
+    shares = [row["sparsity"] for row in rows if row["parameters"]]
     return {"budget": "uniform" if max(shares) - min(shares) < 1e-9 else "per block", "blocks": rows}
 
 
-def _left_alone(model: nn.Module, blocks: Sequence[Block], recipe: Recipe) -> dict[str, Any]:
+def _left_alone(model: PreTrainedModel, blocks: Sequence[Block], recipe: Recipe) -> dict[str, Any]:
     """Parameters outside the blocks, those inside that are no site, ignored matrices, large ones that nobody covers."""
     inside = sum(parameter.numel() for block in blocks for parameter in block.module.parameters())
     kept = {info.name for block in blocks for info in block.infos}
@@ -142,12 +142,12 @@ def _left_alone(model: nn.Module, blocks: Sequence[Block], recipe: Recipe) -> di
         "outside": sum(parameter.numel() for parameter in model.parameters()) - inside,
         "inside": inside - sum(info.size for block in blocks for info in block.infos),
         "ignored": [info.name for block in everything for info in block.infos if info.name not in kept],
-        "uncovered": [(name, size) for name, size in uncovered(blocks)],
+        "uncovered": [(name, size) for name, size in uncovered(everything)],
     }
 
 
 def _memory(
-    model: nn.Module, blocks: Sequence[Block], checkpoint: Checkpoint, method: Elementwise, tokens: int
+    model: PreTrainedModel, blocks: Sequence[Block], checkpoint: Checkpoint, method: Elementwise, tokens: int
 ) -> dict[str, Any]:
     """The terms of the peak, which sum up to it."""
     found = memory.predict(
@@ -188,11 +188,11 @@ def _time(
     operations = sum(walks * 2.0 * info.size * tokens for block in blocks for info in block.infos)
     if Gram in method.needs:
         operations += sum(_solving(block, tokens) for block in blocks)
+    if not operations:
+        return {"seconds": None, "basis": "no forward pass: as long as the weights take to be read and written"}
     speed = _speed()
-    return {
-        "seconds": operations / (REACHED * speed),
-        "basis": f"an estimate: {operations / 1e12:.2g} Tflop, and a product of matrices here reaches {speed / 1e9:.0f} Gflop/s",
-    }
+    basis = f"an estimate: {operations / 1e12:.2g} Tflop, and products of matrices reach {speed / 1e9:.0f} Gflop/s here"
+    return {"seconds": operations / (REACHED * speed), "basis": basis}
 
 
 def _solving(block: Block, tokens: int) -> float:
@@ -205,9 +205,9 @@ def _solving(block: Block, tokens: int) -> float:
 def _speed() -> float:
     """Operations a second of a float32 product of 512 x 512 matrices, measured for a moment."""
     one = torch.ones(512, 512)
-    one @ one
+    torch.matmul(one, one)
     begun, products = time.perf_counter(), 0
     while time.perf_counter() - begun < PROBE_SECONDS:
-        one @ one
+        torch.matmul(one, one)
         products += 1
     return products * 2 * 512**3 / (time.perf_counter() - begun)

@@ -174,12 +174,12 @@ class Live:
 
 def choose(*, quiet: bool = False, stream: TextIO | None = None) -> Progress:
     """Silent if asked, one live line on a terminal, plain lines elsewhere; only the first process speaks."""
-    stream = stream or sys.stderr
+    where: TextIO = sys.stderr if stream is None else stream
     if quiet or os.environ.get("RANK", "0") != "0":
         return Silent()
-    if stream.isatty() and os.environ.get("TERM") != "dumb":
-        return Live(stream)
-    return Plain(stream)
+    if where.isatty() and os.environ.get("TERM") != "dumb":
+        return Live(where)
+    return Plain(where)
 
 
 def resident_bytes() -> int | None:

@@ -59,18 +59,20 @@ class CalibrationPart(_Part):
     """The text that shows each matrix its usual inputs."""
 
     source: Name = Field(
-        "wikitext2",
+        default="wikitext2",
         description="an embedded text (wikitext2), a file (.txt, .jsonl, .parquet, each also .gz; .npy of token ids "
         "[samples, length]) or the name of a data set on the hub",
     )
     samples: Annotated[int | None, BeforeValidator(_number)] = Field(
-        None, ge=1, description="sequences drawn from the text; 128, or all rows of a file of ids"
+        default=None, ge=1, description="sequences drawn from the text; 128, or all rows of a file of ids"
     )
     length: Annotated[int | None, BeforeValidator(_number)] = Field(
-        None, ge=2, description="tokens in each sequence; 512, or as long as the rows of a file of ids"
+        default=None, ge=2, description="tokens in each sequence; 512, or as long as the rows of a file of ids"
     )
-    seed: Count = Field(0, ge=0, lt=2**63, description="seed of the draw; the same seed gives the same tokens")
-    bos: Bos = Field("auto", description="begin each sequence with the BOS token; auto: where the tokenizer does so")
+    seed: Count = Field(default=0, ge=0, lt=2**63, description="seed of the draw; the same seed gives the same tokens")
+    bos: Bos = Field(
+        default="auto", description="begin each sequence with the BOS token; auto: where the tokenizer does so"
+    )
 
 
 def pattern_sparsity(pattern: str) -> float | None:
@@ -96,27 +98,29 @@ def pattern_sparsity(pattern: str) -> float | None:
 class PrunePart(_Part):
     """What is removed: metric x pattern x update, divided over the blocks by an allocation."""
 
-    method: Name = Field("wanda", description="a row of `prunus methods` of kind method")
-    metric: Name | None = Field(None, description="scores weights by this metric instead of the method's own")
+    method: Name = Field(default="wanda", description="a row of `prunus methods` of kind method")
+    metric: Name | None = Field(default=None, description="scores weights by this metric instead of the method's own")
     update: Name | None = Field(
-        None, description="corrects the kept weights by this update instead of the method's own"
+        default=None, description="corrects the kept weights by this update instead of the method's own"
     )
     pattern: Name = Field(
-        "unstructured", description="unstructured, or N:M: N kept of every M consecutive inputs (2:4)"
+        default="unstructured", description="unstructured, or N:M: N kept of every M consecutive inputs (2:4)"
     )
     sparsity: Share = Field(
-        0.5, ge=0, lt=1, allow_inf_nan=False, description="share of the weights to remove; N:M fixes it"
+        default=0.5, ge=0, lt=1, allow_inf_nan=False, description="share of the weights to remove; N:M fixes it"
     )
     allocation: Annotated[Name, WithJsonSchema({"anyOf": [{"type": "string"}, {"type": "object"}]})] = Field(
-        "uniform", description="divides the sparsity over the blocks; a name, or {name: owl, span: 0.08}"
+        default="uniform", description="divides the sparsity over the blocks; a name, or {name: owl, span: 0.08}"
     )
     settings: Settings = Field(
         default_factory=dict, description="hyper-parameters as part.field: value, such as update.damp: 0.01"
     )
     ignore: list[Name] = Field(default_factory=list, description="globs of matrix names to leave alone")
-    blocks: Name | None = Field(None, description="path of the list of blocks, where they are not found by themselves")
+    blocks: Name | None = Field(
+        default=None, description="path of the list of blocks, where they are not found by themselves"
+    )
     compat: Literal["exact", "reference"] = Field(
-        "exact", description="exact counts, or the published code's own rounding to match published numbers"
+        default="exact", description="exact counts, or the published code's own rounding to match published numbers"
     )
 
     @model_validator(mode="before")
@@ -153,33 +157,37 @@ class PrunePart(_Part):
 class EvaluatePart(_Part):
     """Perplexity of the result, with the dense model beside it."""
 
-    text: Name = Field("wikitext2", description="a text by name, or a file")
-    length: Count = Field(1024, ge=2, description="tokens in each window; perplexities compare only at equal length")
-    windows: Annotated[int | None, BeforeValidator(_number)] = Field(
-        None, ge=1, description="how many windows from the start of the text; all of them unless given"
+    text: Name = Field(default="wikitext2", description="a text by name, or a file")
+    length: Count = Field(
+        default=1024, ge=2, description="tokens in each window; perplexities compare only at equal length"
     )
-    bos: Bos = Field("auto", description="begin each window with the BOS token; auto: where the tokenizer does so")
-    baseline: bool = Field(True, description="evaluate the dense model too")
-    sample: Name | None = Field(None, description="also continue this prompt by one sentence")
+    windows: Annotated[int | None, BeforeValidator(_number)] = Field(
+        default=None, ge=1, description="how many windows from the start of the text; all of them unless given"
+    )
+    bos: Bos = Field(
+        default="auto", description="begin each window with the BOS token; auto: where the tokenizer does so"
+    )
+    baseline: bool = Field(default=True, description="evaluate the dense model too")
+    sample: Name | None = Field(default=None, description="also continue this prompt by one sentence")
 
 
 class Recipe(_Part):
     """All that is needed to repeat a run: the model, the text, what to remove, how to judge it."""
 
     model: Name = Field(description="a folder, a hub id, a .gguf file or an alias such as smollm2")
-    out: Name | None = Field(None, description="folder for the pruned checkpoint")
+    out: Name | None = Field(default=None, description="folder for the pruned checkpoint")
     calibration: CalibrationPart = Field(default_factory=CalibrationPart)
     prune: PrunePart = Field(default_factory=PrunePart)
-    evaluate: EvaluatePart | None = Field(None, description="judge the result; leave out to skip")
+    evaluate: EvaluatePart | None = Field(default=None, description="judge the result; leave out to skip")
     device: Annotated[str, Field(pattern=r"^(cpu|mps|cuda(:\d+)?|xpu(:\d+)?)$")] = Field(
-        "cpu",
+        default="cpu",
         description="where blocks are computed",
         json_schema_extra={"expected": "cpu, cuda, cuda:1, mps or xpu"},
     )
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
-        "auto", description="number format of the forward passes; the checkpoint keeps its own"
+        default="auto", description="number format of the forward passes; the checkpoint keeps its own"
     )
-    trust_remote_code: bool = Field(False, description="run Python code that the model's folder brings along")
+    trust_remote_code: bool = Field(default=False, description="run Python code that the model's folder brings along")
 
     def resolved(self) -> dict[str, Any]:
         """Every value with the defaults written out; `Recipe(**recipe.resolved()) == recipe`."""

@@ -19,7 +19,7 @@ PLACES = {
 }
 # The same for `prunus evaluate`, whose words are the keys of the recipe's `evaluate`.
 EVALUATE_PLACES = {
-    **{name: name for name in ("model", "device", "dtype")},
+    **{name: name for name in ("model", "device", "dtype", "trust_remote_code")},
     **{name: f"evaluate.{name}" for name in EvaluatePart.model_fields if name != "baseline"},
 }
 

@@ -25,7 +25,8 @@ def prune_text(result: Result) -> str:
         "checked": _checked(result.get("verify")),
         "size": _size(size),
     }
-    head = f"Pruned {result['model']} with {result['method']} ({result['pattern']}, {result['allocation']}) into {result['out']}"
+    how = f"{result['method']} ({result['pattern']}, {result['allocation']})"
+    head = f"Pruned {result['model']} with {how} into {result['out']}"
     parts = [head, pairs(facts), *_warnings(result.get("warnings")), buys(result["pattern"])]
     # No prompt sign: a line that can be copied.
     parts.append(
@@ -36,16 +37,17 @@ def prune_text(result: Result) -> str:
 
 def plan_text(result: Result) -> str:
     """What would be touched, the budget, what is left alone, and what it would take."""
-    sites, sparsity = result["sites"], result["sparsity"]
+    sites, sparsity, disk = result["sites"], result["sparsity"], result["disk"]
     facts = {
-        "would remove": f"{percent(sparsity['wanted'])} of {sites['parameters']:,} weights: {sites['count']:,} matrices in "
-        f"{len(result['blocks'])} blocks, {percent(sites['share'])} of the model's {result['parameters']:,} parameters",
+        "would remove": f"{percent(sparsity['wanted'])} of {sites['parameters']:,} weights",
+        "from": f"{sites['count']:,} matrices in {len(result['blocks'])} blocks, which hold {percent(sites['share'])} "
+        f"of the model's {result['parameters']:,} parameters",
         "method": method_line(result),
         "budget": _budget_line(result),
         "left alone": _left_alone(result["left_alone"]),
         "calibration": calibration_line(result["calibration"]) or "none needed",
         "peak memory": _terms(result["memory"]),
-        "disk": f"{bytes_text(result['disk']['needed'])} in {result['disk']['where']}, {bytes_text(result['disk']['free'])} free",
+        "disk": f"{bytes_text(disk['needed'])} in {disk['where']}, {bytes_text(disk['free'])} free",
         "time": _time_line(result["time"]),
     }
     parts = [f"Plan for {result['model']} (no weights were read)", pairs(facts)]
@@ -83,7 +85,8 @@ def inspect_text(result: Result, *, matrices: bool = False) -> str:
         )
         for item in items
     ]
-    head = f"{result['model']}: {percent(result['pruned_share'])} of the weights inside blocks are zero, {percent(result['sparsity'])} of all {result['parameters']:,} parameters"
+    zeros = f"{percent(result['pruned_share'])} of the weights inside blocks are zero"
+    head = f"{result['model']}: {zeros}, {percent(result['sparsity'])} of all {result['parameters']:,} parameters"
     columns = ("matrix" if matrices else "block", "shape" if matrices else "weights", "sparsity", "holds")
     listing = table(columns, rows, right=(1, 2)) if rows else "No matrix lies inside a numbered block."
     notes = pairs({"made by": _provenance(result["provenance"]), "look out": _oddities(result)})
@@ -142,15 +145,14 @@ def buys(pattern: str) -> str:
         "vLLM and llama.cpp run them no faster."
     )
     if ":" not in pattern:
-        gain = "Unstructured zeros keep the most quality at a given sparsity; a runtime made for them is needed to gain speed."
+        gain = "Unstructured zeros keep the most quality at a given sparsity; only a runtime made for them gains speed."
     elif pattern == "2:4":
         gain = (
-            "2:4 is the one pattern that GPUs execute (NVIDIA, Ampere and later, through torch.sparse); current "
-            "vLLM no longer "
-            "does. On CPUs it gains nothing over unstructured 50 % and costs quality."
+            "2:4 is the one pattern that GPUs execute (NVIDIA, Ampere and later, through torch.sparse); current vLLM no "
+            "longer does. On CPUs it gains nothing over unstructured 50 % where we measured it, and costs quality."
         )
     else:
-        gain = f"No stock runtime executes {pattern}; a runtime made for it is needed to gain speed."
+        gain = f"No stock runtime executes {pattern}; only a runtime made for it gains speed."
     return wrap(f"What it buys: {stored} {gain}")
 
 
@@ -216,7 +218,7 @@ def _budget_line(result: Result) -> str:
     if result["budget"] == "per block":
         return "per block, see below"
     if result["budget"] == "uniform":
-        return f"{percent(result['blocks'][0]['sparsity'])} in every block"
+        return f"{percent(max(block['sparsity'] for block in result['blocks']))} in every block"
     return result["budget"]
 
 
@@ -246,12 +248,16 @@ def _time_line(time: Result) -> str:
 def _provenance(record: Result | None) -> str:
     if not record:
         return "unknown: there is no prunus.json"
-    recipe = record.get("recipe") if isinstance(record.get("recipe"), Mapping) else {}
-    prune = recipe.get("prune") if isinstance(recipe.get("prune"), Mapping) else {}
+    recipe, versions = _inside(record, "recipe"), _inside(_inside(record, "result"), "versions")
+    prune = _inside(recipe, "prune")
     what = ", ".join(str(prune[key]) for key in ("method", "pattern", "allocation") if prune.get(key))
-    result = record.get("result") if isinstance(record.get("result"), Mapping) else {}
-    version = (result.get("versions") or {}).get("prunus", "")
-    return f"prunus {version} from {recipe.get('model', '?')}" + (f": {what}" if what else "")
+    return f"prunus {versions.get('prunus', '')} from {recipe.get('model', '?')}" + (f": {what}" if what else "")
+
+
+def _inside(record: Result, key: str) -> Result:
+    """The mapping under a key of a file that anybody may have written; empty if there is none."""
+    found = record.get(key)
+    return found if isinstance(found, Mapping) else {}
 
 
 def _oddities(result: Result) -> str:

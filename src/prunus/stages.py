@@ -40,7 +40,7 @@ def run(
     skipped = []
     pruned = None if restart else finished(recipe, out)
     if pruned is None:
-        from prunus.prune import prune
+        from prunus.engine import prune
 
         pruned = prune(recipe, out, restart=restart, overwrite=overwrite, progress=progress)
     else:

@@ -49,6 +49,7 @@ class InputNorm:
     """Σ_t x_tj² per input j: the size of each input (Wanda, Sun et al. 2023, arXiv:2306.11695, §3)."""
 
     def __init__(self, features: int, device: torch.device | str = "cpu") -> None:
+        """Start from no tokens."""
         # float64: a sum of 10^6 squares would lose its last tokens in float32.
         self._sum = torch.zeros(features, dtype=torch.float64, device=device)
         self._counts = torch.zeros(2, dtype=torch.int64, device=device)
@@ -96,9 +97,8 @@ class Gram:
     `hessian` mirrors them in place.
     """
 
-    def __init__(
-        self, features: int, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
-    ) -> None:
+    def __init__(self, features: int, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32) -> None:
+        """Start from no tokens; `dtype` is that of the sums, float32 or float64."""
         self._sum = torch.zeros(features, features, dtype=dtype, device=device)
         self._counts = torch.zeros(2, dtype=torch.int64, device=device)
 
@@ -178,9 +178,11 @@ class SiteStats(Mapping[type, Any]):
         return self._statistics[kind]  # type: ignore[return-value]
 
     def __iter__(self) -> Iterator[type]:
+        """The types gathered."""
         return iter(self._statistics)
 
     def __len__(self) -> int:
+        """How many were gathered."""
         return len(self._statistics)
 
     @property

@@ -190,10 +190,10 @@ class Stream:
         self._load_embedding()
         recorder = Recorder([block for block in self.blocks if block not in done], self._form)
         with replaced({block.module: self._live(block, finished) for block in done}):
-            for number, batch in enumerate(batches):
+            for batch in batches:
                 run = partial(self._call, self.model.base_model, batch.inputs)
                 recording = recorder.record(run)
-                if number == 0:
+                if batch is batches[-1]:
                     refuse_side_channels(recording, recorder.record(run, offset=1.0), tower)
                 batch.hidden, batch.calls = recording.hidden[tower].cpu(), recording.calls
         self.weights.drop(self.model)

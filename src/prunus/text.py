@@ -26,8 +26,14 @@ def width() -> int:
     return min(120, max(60, shutil.get_terminal_size((80, 24)).columns))
 
 
+def printable(text: str) -> str:
+    """Control characters as `?`: names come from files that anybody may have written, and a terminal obeys them."""
+    return "".join(letter if letter.isprintable() else "?" for letter in text)
+
+
 def wrap(text: str, indent: str = "") -> str:
     """Text broken at words to fit the terminal."""
+    text = printable(" ".join(text.split()))
     fill = textwrap.TextWrapper(
         width(), initial_indent=indent, subsequent_indent=indent, break_long_words=False, break_on_hyphens=False
     )
@@ -44,7 +50,7 @@ def pairs(facts: Mapping[str, str]) -> str:
 
 def table(head: Sequence[str], rows: Iterable[Sequence[str]], right: Sequence[int] = ()) -> str:
     """Columns padded to their widest cell, two blanks between; the columns in `right` aligned to the right."""
-    cells = [list(head), *(list(row) for row in rows)]
+    cells = [list(head), *([printable(cell) for cell in row] for row in rows)]
     widths = [max(len(row[column]) for row in cells) for column in range(len(head))]
     rule = ["-" * wide for wide in widths]
     lines = []

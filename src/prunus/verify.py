@@ -12,9 +12,11 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from prunus.errors import FormatError
+from prunus.memory import available
 
 # Largest difference of logits over their largest size. float32: another order of summation in fused experts.
 TOLERANCE = {"float32": 1e-4, "bfloat16": 5e-2, "float16": 1e-2}
@@ -54,10 +56,21 @@ def verify(folder: Path, probe: Path, dtype: str, device: str, trust_remote_code
     return found
 
 
-def compare(folder: Path, probe: Path, dtype: str, device: str, trust_remote_code: bool) -> dict[str, Any]:
-    """Load the folder with stock transformers and compare its logits with the probe's."""
+def compare(
+    folder: Path, probe: Path, dtype: str, device: str, trust_remote_code: bool, memory: int | None = None
+) -> dict[str, Any]:
+    """Load the folder with stock transformers and compare its logits with the probe's.
+
+    Args:
+        folder: as `verify`.
+        probe: as `verify`.
+        dtype: as `verify`.
+        device: as `verify`.
+        trust_remote_code: as `verify`.
+        memory: bytes that the weights may take; a larger model is run from disk, by transformers' own offloading.
+            None: half of what is available.
+    """
     import torch
-    import transformers
     from safetensors.torch import load_file
 
     from prunus.stream import first_output
@@ -65,16 +78,13 @@ def compare(folder: Path, probe: Path, dtype: str, device: str, trust_remote_cod
     tensors = load_file(probe)
     expected = tensors.pop("logits")
     inputs = {name.removeprefix("input."): value.to(device) for name, value in tensors.items()}
-    config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
-    name = (getattr(config, "architectures", None) or [""])[0]
-    kind = transformers.AutoModelForCausalLM if trust_remote_code else getattr(transformers, name, None)
-    model, info = (kind or transformers.AutoModelForCausalLM).from_pretrained(
-        folder, dtype=getattr(torch, dtype), output_loading_info=True, trust_remote_code=trust_remote_code
-    )
-    model.to(device).eval()
-    model.config.use_cache = False
-    with torch.no_grad():
-        logits = first_output(model(**inputs)).float().cpu()
+    with TemporaryDirectory(dir=probe.parent) as scratch, torch.no_grad():
+        place = _placement(folder, memory or available() // 2, device, Path(scratch))
+        model, info = _stock_class(folder, trust_remote_code).from_pretrained(
+            folder, dtype=getattr(torch, dtype), output_loading_info=True, trust_remote_code=trust_remote_code, **place
+        )
+        model.config.use_cache = False
+        logits = first_output(model.eval()(**inputs)).float().cpu()
     difference = float((logits - expected).abs().max())
     return {
         "max_difference": difference,
@@ -82,6 +92,29 @@ def compare(folder: Path, probe: Path, dtype: str, device: str, trust_remote_cod
         "missing": sorted(info["missing_keys"]),
         "unexpected": sorted(info["unexpected_keys"]),
     }
+
+
+def _stock_class(folder: Path, trust_remote_code: bool) -> Any:
+    """The class that the configuration names, or the one that transformers' causal-LM table gives."""
+    import transformers
+
+    config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
+    name = (getattr(config, "architectures", None) or [""])[0]
+    named = None if trust_remote_code else getattr(transformers, name, None)
+    return named or transformers.AutoModelForCausalLM
+
+
+def _placement(folder: Path, memory: int, device: str, scratch: Path) -> dict[str, Any]:
+    """Arguments of from_pretrained that keep the weights within so many bytes."""
+    size = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
+    if size * 2 <= memory:  # bfloat16 on disk may be float32 here
+        return {"device_map": {"": device}}
+    most: dict[Any, int] = {"cpu": memory}
+    if device.startswith("cuda"):
+        import torch
+
+        most[0] = torch.cuda.mem_get_info()[0] // 2
+    return {"device_map": "auto", "max_memory": most, "offload_folder": str(scratch)}
 
 
 def main() -> None:

@@ -41,6 +41,11 @@ class Work:
         self.checkpoint = self.folder / "checkpoint"
         self._lock: Any = None
 
+    @property
+    def published(self) -> bool:
+        """True if an earlier run was killed after OUT appeared and before its work folder was removed."""
+        return self.out.exists() and (self.folder / "run.json").is_file() and not self.checkpoint.exists()
+
     def begin(self, fingerprint: Mapping[str, Any], restart: bool) -> bool:
         """Take the folder, new or as an earlier run left it.
 
@@ -56,6 +61,9 @@ class Work:
         """
         self.folder.mkdir(parents=True, exist_ok=True)
         self._take_lock()
+        replaced = self.folder / "replaced"
+        if replaced.exists() and not self.out.exists():
+            replaced.replace(self.out)  # an earlier run was killed while it put the new folder in the old one's place
         if restart:
             self._clear()
         before = self._read("run.json")
@@ -134,13 +142,19 @@ class Work:
         beside.replace(path)
 
 
-def _differences(before: Mapping[str, Any], now: Mapping[str, Any], prefix: str = "") -> str:
-    """What changed between two fingerprints, in words."""
-    found = []
-    for key in sorted(before.keys() | now.keys()):
-        one, other = before.get(key), now.get(key)
-        if isinstance(one, Mapping) and isinstance(other, Mapping):
-            found.append(_differences(one, other, f"{prefix}{key}."))
-        elif one != other:
-            found.append(f"{prefix}{key} was {one!r} and is {other!r} now")
-    return "; ".join(part for part in found if part)
+def _differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
+    """What changed between two fingerprints, in words; what the user wrote comes first, hashes are not shown."""
+    one, other = _flat(before), _flat(now)
+    names = sorted((name for name in one | other if one.get(name) != other.get(name)), key=lambda n: "recipe" not in n)
+    words = [
+        f"{name} changed" if name.startswith(("model.", "calibration")) else f"{name}: {one.get(name)} → {other.get(name)}"
+        for name in names
+    ]
+    return "; ".join(words[:4]) + ("; …" if len(words) > 4 else "")
+
+
+def _flat(value: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for name, item in value.items():
+        flat |= _flat(item, f"{prefix}{name}.") if isinstance(item, Mapping) else {f"{prefix}{name}": item}
+    return flat

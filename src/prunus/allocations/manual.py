@@ -41,7 +41,8 @@ class Manual:
         """Site name -> sparsity.
 
         Raises:
-            RecipeError: if the file is missing or no such mapping, a sparsity is outside [0, 1), or a glob fits nothing.
+            RecipeError: if the file is missing or no such mapping, a sparsity is outside [0, 1), or a glob fits
+                nothing.
         """
         wanted = self._read()
         for glob in wanted:
@@ -66,7 +67,9 @@ class Manual:
         for glob, value in content.items():
             number = isinstance(value, (int, float)) and not isinstance(value, bool)
             if not isinstance(glob, str) or not number or not 0 <= value < 1:
-                raise RecipeError(f"{self.file}: {glob!r}: {value!r} must be a name and the fraction removed, in [0, 1).")
+                raise RecipeError(
+                    f"{self.file}: {glob!r}: {value!r} must be a name and the fraction removed, in [0, 1)."
+                )
         return {glob: float(value) for glob, value in content.items()}
 
 

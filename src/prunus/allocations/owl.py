@@ -68,7 +68,8 @@ class OWL:
 
     def outliers(self, matrices: list[Matrix], stats: Mapping[str, SiteStats]) -> Tensor:
         """D_b as a fraction, float64 scalar. Matrices that saw no token have no scores and are left out."""
-        seen = [(matrix.weight, stats[matrix.name][InputNorm].norm) for matrix in matrices if not _unseen(matrix, stats)]
+        norms = [(matrix.weight, stats[matrix.name][InputNorm]) for matrix in matrices]
+        seen = [(weight, statistic.norm) for weight, statistic in norms if statistic.tokens]
         size = sum(weight.numel() for weight, _ in seen)
         if not size:
             return torch.zeros((), dtype=torch.float64)
@@ -88,7 +89,3 @@ class OWL:
         if self.compat == "exact":
             return project(raw, sizes, sparsity)
         return {block: value if value > 0 else 0.01 for block, value in raw.items()}
-
-
-def _unseen(matrix: Matrix, stats: Mapping[str, SiteStats]) -> bool:
-    return stats[matrix.name][InputNorm].tokens == 0

@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from prunus.cli.options import RUN, Json, Quiet
+from prunus.cli.options import RUN, Json, Quiet, option
 from prunus.cli.session import show, working
 
 EXAMPLES = {
@@ -23,10 +23,7 @@ Model = Annotated[
         metavar="MODEL", show_default=False, help="A folder, a hub id, a .gguf file or an alias such as smollm2."
     ),
 ]
-Matrices = Annotated[
-    bool,
-    typer.Option("--matrices", help="One line for every matrix instead of one for every block.", rich_help_panel=RUN),
-]
+Matrices = Annotated[bool, option("--matrices", RUN, "One line for every matrix instead of one for every block.")]
 
 
 def inspect(model: Model, matrices: Matrices = False, as_json: Json = False, quiet: Quiet = False) -> None:

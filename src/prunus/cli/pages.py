@@ -14,10 +14,10 @@ class Page(TyperCommand):
         """Write each section's rows; `rich_help_panel` names the section."""
         sections: dict[str, list[tuple[str, str]]] = {}
         for param in self.get_params(ctx):
-            if not param.hidden:
+            if not getattr(param, "hidden", False):
                 default = "Arguments" if param.param_type_name == "argument" else "This run"
                 section = getattr(param, "rich_help_panel", None) or default
-                sections.setdefault(section, []).append((_name(param), param.help or ""))
+                sections.setdefault(section, []).append((_name(param), getattr(param, "help", None) or ""))
         # Lines up all sections alike.
         width = max(len(name) for rows in sections.values() for name, _ in rows)
         for section, rows in sections.items():

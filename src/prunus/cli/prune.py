@@ -5,9 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Any
 
-import typer
-
-from prunus.cli.options import RUN, Json, Model, Out, Quiet, recipe_options, to_recipe
+from prunus.cli.options import RECIPE, RUN, Json, Model, Out, Quiet, option, takes, to_recipe
 from prunus.cli.session import RESUMES, show, working
 
 EXAMPLES = {
@@ -24,20 +22,13 @@ prunus plan --recipe recipes/sparsegpt-50.yaml --json
 """,
 }
 
-DryRun = Annotated[
-    bool, typer.Option("--dry-run", help="Only say what would happen, as `prunus plan` does.", rich_help_panel=RUN)
-]
-Restart = Annotated[
-    bool, typer.Option("--restart", help="Forget an unfinished run of this OUT and begin again.", rich_help_panel=RUN)
-]
-Overwrite = Annotated[
-    bool,
-    typer.Option("--overwrite", help="Replace OUT if it exists, once the new one is complete.", rich_help_panel=RUN),
-]
+DryRun = Annotated[bool, option("--dry-run", RUN, "Only say what would happen, as `prunus plan` does.")]
+Restart = Annotated[bool, option("--restart", RUN, "Forget an unfinished run of this OUT and begin again.")]
+Overwrite = Annotated[bool, option("--overwrite", RUN, "Replace OUT if it exists, once the new one is complete.")]
 
 
-@recipe_options
-def prune(  # noqa: PLR0913 - each is an option
+@takes(RECIPE)
+def prune(
     model: Model = None,
     out: Out = None,
     dry_run: DryRun = False,
@@ -64,13 +55,13 @@ def prune(  # noqa: PLR0913 - each is an option
             raise RecipeError(
                 "OUT is missing: give the new folder for the pruned checkpoint, as in `prunus prune MODEL OUT`."
             )
-        from prunus.prune import prune as engine
+        from prunus.engine import prune as engine
 
         result = engine(recipe, Path(recipe.out), restart=restart, overwrite=overwrite, progress=progress)
     show(result, report.prune_text, as_json=as_json)
 
 
-@recipe_options
+@takes(RECIPE)
 def plan(model: Model = None, out: Out = None, as_json: Json = False, quiet: Quiet = False, **options: Any) -> None:
     """Say what `prunus prune` with the same options would do; reads no weights.
 

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from prunus.cli.options import Json, Quiet
+from prunus.cli.options import RUN, Json, Quiet, option
 from prunus.cli.prune import Overwrite, Restart
 from prunus.cli.session import show, working
 
@@ -21,16 +21,7 @@ prunus run recipes/sparsegpt-50.yaml --out pruned --json
 File = Annotated[
     Path, typer.Argument(metavar="RECIPE.yaml", show_default=False, help="A recipe; paths in it are relative to it.")
 ]
-Out = Annotated[
-    str | None,
-    typer.Option(
-        "--out",
-        metavar="DIR",
-        help="Write here instead of the recipe's `out`.",
-        rich_help_panel="This run",
-        show_default=False,
-    ),
-]
+Out = Annotated[str | None, option("--out DIR", RUN, "Write here instead of the recipe's `out`.")]
 
 
 def run(

@@ -64,13 +64,13 @@ def calibrate(
     2,000 of C4 at 2,048 tokens) and short texts loop for ever; a stream weighs every token alike and always ends.
 
     With a BOS (`tokens.head_token`) a sample is BOS + `length` - 1 tokens of text. Ids from a file are taken as they
-    are from the head of the file: no windows, no BOS unless `bos="always"`, which puts one in front of rows that lack
-    it (their last token goes).
+    are, from its head: no windows, no BOS unless `bos="always"`, which puts one in front of rows that lack it (their
+    last token goes).
 
     Args:
         source: text, file of text or ids, or data set.
         folder: the model's, for its tokenizer; not looked at for ids.
-        samples: how many; None: 128, or all rows of a file of ids. Such a file may hold fewer: then all, with a warning.
+        samples: how many; None: 128, or all rows of a file of ids. If that has fewer, all are used, with a warning.
         length: tokens in each; None: 512, or the rows' own length. Never the model's context by itself.
         seed: 0 or more.
         bos: "auto", "always" or "never".
@@ -83,7 +83,7 @@ def calibrate(
     """
     _check(samples, length, seed, bos)
     if length is not None and limit is not None and length > limit:
-        raise RecipeError(f"Samples of {length} tokens are longer than the model's {limit} positions; use length {limit}.")
+        raise RecipeError(f"Samples of {length} tokens exceed the model's {limit} positions; use length {limit}.")
     reading = read(source, purpose="calibration", head=HEAD)
     if reading.arrays:
         arrays, used = _from_arrays(reading, folder, samples, length, bos)
@@ -94,7 +94,9 @@ def calibrate(
     if ids is not None:
         check_vocabulary(ids, vocabulary, str(source))
         if limit is not None and ids.shape[1] > limit:
-            raise CalibrationError(f"{source} has rows of {ids.shape[1]} tokens, but the model allows {limit}; use length {limit}.")
+            raise CalibrationError(
+                f"{source} has rows of {ids.shape[1]} tokens, the model {limit} positions; use length {limit}."
+            )
     return Calibration(
         inputs={name: torch.from_numpy(array) for name, array in arrays.items()},
         source=str(source),
@@ -135,7 +137,7 @@ def windows(tokens: np.ndarray, samples: int, length: int, seed: int, head: int 
     width = length if head is None else length - 1
     if len(tokens) < width:
         raise CalibrationError(
-            f"{source} has {len(tokens)} tokens, fewer than one sample of {length}; give a longer text or a smaller length."
+            f"{source} has {len(tokens)} tokens, fewer than one sample of {length}; give more text or a smaller length."
         )
     # random() alone is promised to give the same numbers for a seed in every version of Python.
     generator = random.Random(seed)

@@ -6,6 +6,7 @@ import gzip
 import hashlib
 import io
 import json
+import re
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
 
 EMBEDDED = {"calibration": "wikitext2-validation-head.raw.gz", "evaluation": "wikitext2-test.raw.gz"}
 HUB: dict[str, tuple[str, str]] = {"c4": ("allenai/c4", "en/c4-train.00000-of-01024.json.gz")}
+HUB_ID = re.compile(r"[\w][\w.-]*/[\w][\w.-]*(:[^:]*){0,2}")
 NAMES = ("wikitext2", *HUB)
 FIELDS = (("text",), ("content",), ("prompt", "response"))
 # Of a larger corpus the head is enough: 32 M characters are about 8 M tokens, 60 times the default 128 x 512 x 2.
@@ -43,7 +45,7 @@ class Reading:
 
     @property
     def sha256(self) -> str:
-        """Of the UTF-8 bytes of the text (documents apart by a zero byte), or of names, shapes and bytes of the arrays."""
+        """Of the text in UTF-8 (documents apart by a zero byte), or of names, shapes and bytes of the arrays."""
         if self.documents:
             return hashlib.sha256(b"\0".join(document.encode() for document in self.documents)).hexdigest()
         return hash_arrays(self.arrays)
@@ -83,7 +85,7 @@ def read(source: str | Path, *, purpose: str, head: int | None = None) -> Readin
     name = str(source)
     if name == "wikitext2":
         return Reading(name, (wikitext(_embedded(EMBEDDED[purpose])),))
-    if name in HUB or (name.count("/") == 1 and not _ends_like_a_file(path)):
+    if name in HUB or (HUB_ID.fullmatch(name) and not _ends_like_a_file(path)):
         return Reading(name, tuple(_from_hub(name, head or HEAD)))
     raise CalibrationError(f"There is no text or file {name}.{near(name, NAMES)} Or give a file's path.")
 
@@ -104,7 +106,7 @@ def _embedded(file: str) -> str:
 
 
 def _ends_like_a_file(path: Path) -> bool:
-    return Path(path.name.removesuffix(".gz")).suffix in {".txt", ".raw", *READERS}
+    return Path(path.name.removesuffix(".gz")).suffix in {".txt", ".npy", ".npz", *READERS}
 
 
 def _read_file(path: Path, source: str, head: int | None) -> Reading:
@@ -139,7 +141,8 @@ def _until(documents: Iterable[str], head: int | None) -> Iterator[str]:
 
 def _plain(file: Any, source: str, head: int | None) -> Iterator[str]:
     """One document; a mark at the file's start goes, and CRLF becomes LF, lest each system gets its own tokens."""
-    yield io.TextIOWrapper(file, encoding="utf-8-sig").read(-1 if head is None else head)
+    with io.TextIOWrapper(file, encoding="utf-8-sig") as text:
+        yield text.read(-1 if head is None else head)
 
 
 def _raw(file: Any, source: str, head: int | None) -> Iterator[str]:
@@ -148,14 +151,17 @@ def _raw(file: Any, source: str, head: int | None) -> Iterator[str]:
 
 
 def _json_lines(file: Any, source: str, head: int | None) -> Iterator[str]:
-    for number, line in enumerate(io.TextIOWrapper(file, encoding="utf-8-sig"), 1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-        except ValueError as problem:
-            raise CalibrationError(f"{source}, line {number} is not JSON ({problem}); one object a line.") from problem
-        yield document(row, f"{source}, line {number}")
+    with io.TextIOWrapper(file, encoding="utf-8-sig") as text:
+        for number, line in enumerate(text, 1):
+            if not line.strip():
+                continue
+            try:
+                row = json.loads(line)
+            except ValueError as problem:
+                raise CalibrationError(
+                    f"{source}, line {number} is not JSON ({problem}); one object a line."
+                ) from problem
+            yield document(row, f"{source}, line {number}")
 
 
 def document(row: Any, where: str) -> str:
@@ -170,7 +176,9 @@ def document(row: Any, where: str) -> str:
             gap = "" if not rest or first[-1:].isspace() else "\n"
             return gap.join([first, *rest])
     found = ", ".join(map(str, row)) if isinstance(row, dict) else type(row).__name__
-    raise CalibrationError(f"{where} has no text: it needs a field text, content, or prompt and response; it has {found}.")
+    raise CalibrationError(
+        f"{where} has no text: it needs a field text, content, or prompt and response; it has {found}."
+    )
 
 
 def _parquet(file: Any, source: str, head: int | None) -> Iterator[str]:
@@ -211,7 +219,9 @@ def _arrays(content: bytes, source: str) -> dict[str, np.ndarray]:
     arrays = {name: check_array(name, array, source) for name, array in arrays.items()}
     rows = {name: array.shape[0] for name, array in arrays.items()}
     if not rows or min(rows.values()) == 0 or len(set(rows.values())) > 1:
-        raise CalibrationError(f"{source} must hold the same number of samples, one or more, in each input; it has {rows}.")
+        raise CalibrationError(
+            f"{source} must hold the same number of samples, one or more, in each input; it has {rows}."
+        )
     return arrays
 
 
@@ -253,7 +263,9 @@ def _from_hub(name: str, head: int) -> Iterator[str]:
         rows = load_dataset(owner, split=split, streaming=True, **where)
         yield from _until((document(row, name) for row in rows), head)
     except (OSError, ValueError, KeyError, RuntimeError) as problem:
-        raise CalibrationError(f"The data set {name} cannot be read ({problem}); write owner/name:configuration:split.") from problem
+        raise CalibrationError(
+            f"The data set {name} cannot be read ({problem}); write owner/name:configuration:split."
+        ) from problem
 
 
 def _check_hub(name: str, owner: str) -> None:

@@ -34,7 +34,9 @@ def load_tokenizer(folder: Path) -> Any:
     try:
         return AutoTokenizer.from_pretrained(folder)
     except (OSError, ValueError, KeyError, TypeError, AttributeError, ImportError, RuntimeError) as problem:
-        raise CalibrationError(f"The tokenizer in {folder} cannot be loaded ({str(problem)[:200]}). {cure}") from problem
+        raise CalibrationError(
+            f"The tokenizer in {folder} cannot be loaded ({str(problem)[:200]}). {cure}"
+        ) from problem
 
 
 def stream(reading: Reading, tokenizer: Any) -> np.ndarray:
@@ -55,7 +57,7 @@ def stream(reading: Reading, tokenizer: Any) -> np.ndarray:
 
 
 def puts_bos(tokenizer: Any) -> bool:
-    """True if a plain call of the tokenizer begins with its BOS: so the model was trained (Gemma, Llama 2 and 3, OPT)."""
+    """True if a plain call of the tokenizer begins with its BOS: so the model was trained (Gemma, Llama, OPT)."""
     bos = getattr(tokenizer, "bos_token_id", None)
     if bos is None:
         return False

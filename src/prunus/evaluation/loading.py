@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -44,7 +44,9 @@ def check_dtype(dtype: str, device: torch.device) -> torch.dtype | str:
     return DTYPES[dtype]
 
 
-def load_model(folder: Path, *, device: str = "cpu", dtype: str = "auto", trust_remote_code: bool = False) -> PreTrainedModel:
+def load_model(
+    folder: Path, *, device: str = "cpu", dtype: str = "auto", trust_remote_code: bool = False
+) -> PreTrainedModel:
     """The causal language model in `folder`, in evaluation mode, on `device`.
 
     Raises:
@@ -59,12 +61,15 @@ def load_model(folder: Path, *, device: str = "cpu", dtype: str = "auto", trust_
     kind = check_dtype(dtype, place)
     try:
         with quiet():
-            model, report = AutoModelForCausalLM.from_pretrained(
+            loaded: Any = AutoModelForCausalLM.from_pretrained(
                 folder, dtype=kind, use_safetensors=True, output_loading_info=True, trust_remote_code=trust_remote_code
             )
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as problem:
         raise ModelError(f"{folder} cannot be loaded as a causal language model: {str(problem)[:300]}") from problem
+    model, report = loaded
     if report["missing_keys"]:
         missing = sorted(report["missing_keys"])
-        raise ModelError(f"{folder} lacks {len(missing)} weights of its architecture, first {missing[0]}; copy it again.")
+        raise ModelError(
+            f"{folder} lacks {len(missing)} weights of its architecture, first {missing[0]}; copy it again."
+        )
     return model.to(place).eval()

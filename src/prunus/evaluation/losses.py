@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -17,27 +18,29 @@ if TYPE_CHECKING:
 LOGIT_BYTES = 1 << 28
 
 
+@dataclass(frozen=True)
+class Pieces:
+    """How a model's logits are had piece by piece: the module that makes hidden states, and positions at a time."""
+
+    body: nn.Module
+    rows: int
+
+
 @torch.inference_mode()
-def token_losses(model: PreTrainedModel, inputs: Tensor, targets: Tensor, *, rows: int | None = None) -> Tensor:
+def token_losses(model: PreTrainedModel, inputs: Tensor, targets: Tensor, *, pieces: Pieces | None = None) -> Tensor:
     """-log p(targets_t | inputs_0 … inputs_t), in float32.
 
     Args:
         model: a causal language model.
         inputs: ids int64 [1, positions].
         targets: ids int64 [predictions], the token after each position; as many as positions, or one fewer.
-        rows: positions whose logits may exist at once, as `piece_rows` says; None: all.
+        pieces: from `plan_pieces`; None: all logits at once.
 
     Returns:
         float32 [predictions] on the model's device.
     """
-    if rows is None:
-        logits = model(input_ids=inputs, use_cache=False).logits[0]
-        pieces: Iterator[Tensor] = iter(logits.split(256))
-    else:
-        output, _ = _body(model, inputs)
-        pieces = (_head(model, inputs, output, start, rows) for start in range(0, inputs.shape[1], rows))
     losses, done = [], 0
-    for logits in pieces:
+    for logits in _at_once(model, inputs) if pieces is None else _in_pieces(model, inputs, pieces):
         wanted = targets[done : done + len(logits)]
         # float32: a 16-bit log-softmax over 100,000 entries loses the third digit of the loss.
         losses.append(nn.functional.cross_entropy(logits[: len(wanted)].float(), wanted, reduction="none"))
@@ -46,47 +49,68 @@ def token_losses(model: PreTrainedModel, inputs: Tensor, targets: Tensor, *, row
 
 
 @torch.inference_mode()
-def piece_rows(model: PreTrainedModel, inputs: Tensor, *, budget: int = LOGIT_BYTES) -> int | None:
-    """How many positions at a time, or None if all logits fit in `budget` bytes or the model allows no pieces.
+def plan_pieces(model: PreTrainedModel, inputs: Tensor, *, budget: int = LOGIT_BYTES) -> Pieces | None:
+    """The way to keep logits within `budget` bytes, or None if they fit anyway or the model allows no pieces.
 
-    A model is body, head and often something after the head (soft cap, scale), known only to its own `forward`. In
-    pieces, `forward` runs once with `logits_to_keep=1`, the body's output is noted, and then it runs again for each
+    A model is a body, a head and often something after the head (soft cap, scale), known only to its own `forward`.
+    In pieces, `forward` runs once with `logits_to_keep=1`, the body's output is noted, and then it runs again for each
     piece of positions with the body *answering from the note*: head and what follows are always the model's own code.
     Both ways are compared at the last position here; a model where they differ gets the plain way.
+
+    Args:
+        model: a causal language model.
+        inputs: ids int64 [1, positions], as long as the longest window.
+        budget: bytes of float32 logits that may exist at once.
     """
-    vocabulary = model.config.get_text_config().vocab_size
-    positions = inputs.shape[1]
-    rows = max(1, budget // (4 * vocabulary))
-    if rows >= positions or model.base_model is model:
+    rows = max(1, budget // (4 * model.config.get_text_config().vocab_size))
+    if rows >= inputs.shape[1] or "logits_to_keep" not in inspect.signature(model.forward).parameters:
         return None
-    if "logits_to_keep" not in inspect.signature(model.forward).parameters:
-        return None
-    output, direct = _body(model, inputs)
+    # Most models call their base model; OPT calls the decoder inside it.
+    for body in (model.base_model, model.get_decoder()):
+        if isinstance(body, nn.Module) and body is not model and _answers_alike(model, inputs, body):
+            return Pieces(body, rows)
+    return None
+
+
+def _answers_alike(model: PreTrainedModel, inputs: Tensor, body: nn.Module) -> bool:
+    """True if the last position's logits are the same from a whole forward and from the noted output of `body`."""
+    output, direct = _note(model, inputs, body)
     hidden = getattr(output, "last_hidden_state", None)
     if not isinstance(hidden, Tensor) or hidden.shape[:2] != inputs.shape:
-        return None
-    replayed = _head(model, inputs, output, positions - 1, 1)
+        return False
+    replayed = _replay(model, inputs, body, output, slice(inputs.shape[1] - 1, None))
+    if replayed.shape != direct.shape:
+        return False
     # 2 % of the largest: products of 1 row and of 1,024 may round differently, in 16 bits by that much.
-    alike = (replayed - direct[-1:]).abs().max() <= 0.02 * direct.abs().max()
-    return rows if replayed.shape == direct[-1:].shape and bool(alike) else None
+    return bool((replayed - direct).abs().max() <= 0.02 * direct.abs().max())
 
 
-def _body(model: PreTrainedModel, inputs: Tensor) -> tuple[Any, Tensor]:
-    """The body's output, and the logits [kept, vocabulary] of the last position."""
+def _at_once(model: PreTrainedModel, inputs: Tensor) -> Iterator[Tensor]:
+    """Logits [256, vocabulary] at a time, so that the softmax needs no second copy of all of them."""
+    yield from model(input_ids=inputs, use_cache=False).logits[0].split(256)
+
+
+def _in_pieces(model: PreTrainedModel, inputs: Tensor, pieces: Pieces) -> Iterator[Tensor]:
+    output, _ = _note(model, inputs, pieces.body)
+    for start in range(0, inputs.shape[1], pieces.rows):
+        yield _replay(model, inputs, pieces.body, output, slice(start, start + pieces.rows))
+
+
+def _note(model: PreTrainedModel, inputs: Tensor, body: nn.Module) -> tuple[Any, Tensor]:
+    """The output of `body` (None if it is not called), and the logits [1, vocabulary] of the last position."""
     seen: list[Any] = []
-    handle = model.base_model.register_forward_hook(lambda module, args, output: seen.append(output))
+    handle = body.register_forward_hook(lambda module, args, output: seen.append(output))
     try:
         logits = model(input_ids=inputs, use_cache=False, logits_to_keep=1).logits[0]
     finally:
         handle.remove()
-    return seen[-1], logits
+    return seen[-1] if seen else None, logits
 
 
-def _head(model: PreTrainedModel, inputs: Tensor, output: Any, start: int, rows: int) -> Tensor:
-    """Logits [rows, vocabulary] of the positions from `start` on, from the noted output of the body."""
-    kept = slice(start, start + rows)
+def _replay(model: PreTrainedModel, inputs: Tensor, body: nn.Module, output: Any, kept: slice) -> Tensor:
+    """Logits [kept, vocabulary] of some positions, from the noted output of the body."""
     piece = type(output)(**{**output, "last_hidden_state": output.last_hidden_state[:, kept]})
-    with _answering(model.base_model, piece):
+    with _answering(body, piece):
         return model(input_ids=inputs[:, kept], use_cache=False).logits[0]
 
 

@@ -14,7 +14,7 @@ from prunus.data.reading import read
 from prunus.data.tokens import check_bos, check_vocabulary, load_tokenizer
 from prunus.errors import ModelError
 from prunus.evaluation.loading import check_device, check_dtype, load_model
-from prunus.evaluation.losses import piece_rows, token_losses
+from prunus.evaluation.losses import plan_pieces, token_losses
 from prunus.evaluation.sample import sample as continue_prompt
 from prunus.evaluation.windows import Windows, check_numbers, choose, cut
 from prunus.models.source import locate
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
-def evaluate(
+def evaluate(  # noqa: PLR0913 - one argument for each thing that is part of the result
     model: str | Path,
     *,
     baseline: str | Path | None = None,
@@ -41,10 +41,10 @@ def evaluate(
 ) -> dict[str, Any]:
     """exp(mean over windows of the window's mean negative log-likelihood) (SparseGPT, Wanda and everyone after).
 
-    The text is tokenised once, without special tokens, and cut into windows of `length` tokens that do not overlap; the
-    tail is dropped; each window is seen alone. Without a BOS a window gives `length` - 1 predictions. With one (see
-    `data.tokens.head_token`) the model reads BOS and the first `length` - 1 tokens and predicts all `length` tokens of the window:
-    the windows stay the same, and no more than `length` positions are ever used.
+    The text is tokenised once, without special tokens, and cut into windows of `length` tokens that do not overlap;
+    the tail is dropped; each window is seen alone. Without a BOS a window gives `length` - 1 predictions. With one
+    (`data.tokens.head_token`) the model reads BOS and the first `length` - 1 tokens and predicts all `length` tokens of
+    the window: the windows stay the same, and no more than `length` positions are ever used.
 
     Args:
         model: folder, `.gguf`, alias or hub id.
@@ -82,7 +82,9 @@ def evaluate(
     # All that can be refused is refused before the first model is loaded.
     plans = [cut(reading, folder, length, bos) for folder in folders]
     if any(not plan.ids.equal(plans[0].ids) or plan.head != plans[0].head for plan in plans):
-        raise ModelError(f"{model} and {baseline} make different tokens of the text; evaluate each alone, without baseline.")
+        raise ModelError(
+            f"{model} and {baseline} make different tokens of the text; evaluate each alone, without baseline."
+        )
     chosen = choose(len(plans[0].ids), windows, indices, reading.source)
     results = []
     for name, folder, plan in zip(names, folders, plans, strict=True):
@@ -118,13 +120,15 @@ def measure(
     progress.stage(f"evaluate {note}", len(chosen))
     start = time.perf_counter()
     means, predictions = [], 0
-    rows = piece_rows(model, plan.pair(chosen[0])[0].to(model.device))
+    pieces = plan_pieces(model, plan.pair(chosen[0])[0].to(model.device))
     for index in chosen:
         inputs, targets = (ids.to(model.device) for ids in plan.pair(index))
         # float64: the mean over a window must not add an error to losses that are good to seven digits.
-        means.append(float(token_losses(model, inputs, targets, rows=rows).double().mean()))
+        means.append(float(token_losses(model, inputs, targets, pieces=pieces).double().mean()))
         if not math.isfinite(means[-1]):
-            raise ModelError(f"The model gives no finite loss in window {index} ({means[-1]}); its weights or dtype are broken.")
+            raise ModelError(
+                f"The model gives no finite loss in window {index} ({means[-1]}); its weights or dtype are broken."
+            )
         predictions += len(targets)
         progress.advance(f"window {index}")
     return {

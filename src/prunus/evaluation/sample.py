@@ -50,7 +50,9 @@ def sample(model: Any, tokenizer: Any = None, *, prompt: str, max_new_tokens: in
 
 def control_tokens(tokenizer: Any) -> list[int]:
     """Ids of the added tokens that are marks, not text: special, or written <like_this>; the EOS is not among them."""
-    marks = (index for index, token in tokenizer.added_tokens_decoder.items() if token.special or MARK.fullmatch(str(token)))
+    marks = (
+        index for index, token in tokenizer.added_tokens_decoder.items() if token.special or MARK.fullmatch(str(token))
+    )
     return [index for index in marks if index != tokenizer.eos_token_id]
 
 

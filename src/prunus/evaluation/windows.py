@@ -59,7 +59,9 @@ def cut(reading: Reading, folder: Path, length: int, bos: str) -> Windows:
         head = head_token(load_tokenizer(folder), bos) if bos == "always" else None
         rows = torch.from_numpy(reading.arrays["input_ids"])
     else:
-        raise CalibrationError(f"{reading.source} holds inputs other than input_ids; perplexity needs text or token ids.")
+        raise CalibrationError(
+            f"{reading.source} holds inputs other than input_ids; perplexity needs text or token ids."
+        )
     if rows.shape[1] < length:
         kind = "tokens" if len(rows) == 1 else "tokens in each row"
         raise CalibrationError(
@@ -77,7 +79,9 @@ def check_positions(folder: Path, length: int) -> None:
     """
     limit = folder_positions(folder)
     if limit is not None and length > limit:
-        raise RecipeError(f"Windows of {length} tokens are longer than the model's {limit} positions; use length {limit}.")
+        raise RecipeError(
+            f"Windows of {length} tokens are longer than the model's {limit} positions; use length {limit}."
+        )
 
 
 def choose(total: int, windows: int | None, indices: Sequence[int] | None, source: str) -> list[int]:
@@ -89,7 +93,9 @@ def choose(total: int, windows: int | None, indices: Sequence[int] | None, sourc
     chosen = list(range(total if windows is None else windows)) if indices is None else list(indices)
     if max(chosen) >= total or min(chosen) < 0:
         wanted = f"{windows} were asked" if indices is None else f"number {max(chosen)} was asked"
-        raise CalibrationError(f"{source} has {total} windows of this length, {wanted}; ask for fewer or a smaller length.")
+        raise CalibrationError(
+            f"{source} has {total} windows of this length, {wanted}; ask for fewer or a smaller length."
+        )
     return chosen
 
 
@@ -103,4 +109,6 @@ def check_numbers(length: int, windows: int | None, indices: Sequence[int] | Non
         if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < least):
             raise RecipeError(f"The evaluation's {name} is a whole number of at least {least}, not {value!r}.")
     if indices is not None and (windows is not None or len(indices) == 0):
-        raise RecipeError("Name the windows either by `windows`, how many from the start, or by `indices`, at least one.")
+        raise RecipeError(
+            "Name the windows either by `windows`, how many from the start, or by `indices`, at least one."
+        )

@@ -54,10 +54,11 @@ def compose(
         "allocation": _look_up("allocation", allocation, ALLOCATIONS),
     }
     wanted = _by_axis(settings or {})
-    _share(wanted, parts)
     if compat != "exact":
         _ask(compat, wanted, parts)
     parts = {axis: _set(axis, part, wanted[axis]) for axis, part in parts.items()}
+    shared = _shared(wanted, parts)
+    parts = {axis: _set(axis, part, shared.get(axis, {})) for axis, part in parts.items()}
     paper = base.paper if metric is None and update is None else ""
     return Elementwise(parts["metric"], parts["pattern"], parts["update"], paper), parts["allocation"]
 
@@ -83,12 +84,16 @@ def _names(part: Any) -> list[str]:
     return [item.name for item in fields(part)]
 
 
-def _share(wanted: dict[str, dict[str, Setting]], parts: Mapping[str, Any]) -> None:
-    """Copy in place what was set for only one of metric and update, where both have it."""
-    for one, other in (("metric", "update"), ("update", "metric")):
-        for field, value in list(wanted[one].items()):
-            if field in _names(parts[one]) and field in _names(parts[other]):
-                wanted[other].setdefault(field, value)
+def _shared(wanted: Mapping[str, Mapping[str, Setting]], parts: Mapping[str, Any]) -> dict[str, dict[str, Setting]]:
+    """What was set for only one of metric and update, for the other, where that has it too."""
+    return {
+        other: {
+            field: value
+            for field, value in wanted[one].items()
+            if field in _names(parts[other]) and field not in wanted[other] and field != "compat"
+        }
+        for one, other in (("metric", "update"), ("update", "metric"))
+    }
 
 
 def _ask(compat: str, wanted: dict[str, dict[str, Setting]], parts: Mapping[str, Any]) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from dataclasses import dataclass, field
 
+import torch
 from torch import Tensor
 
 from prunus.edits import Sparse
@@ -80,10 +81,11 @@ class Elementwise:
             CalibrationError: if the inputs did.
             RecipeError: if the update cannot work with these statistics.
         """
-        if not bool(matrix.weight.isfinite().all()):
+        if not bool(torch.stack(matrix.weight.aminmax()).isfinite().all()):  # NaN and infinity both reach an extreme
             raise ModelError(f"{matrix.name} holds NaN or infinite weights. Repair the checkpoint, or ignore the site.")
         if stats.unseen:
-            _LOG.warning("%s saw no calibration token: ranked by magnitude, kept weights unchanged.", matrix.name)
+            # The engine warns once, with their number; a rarely used expert is no news by itself.
+            _LOG.info("%s saw no calibration token: ranked by magnitude, kept weights unchanged.", matrix.name)
         rows, columns = matrix.weight.shape
         choose = Choice(self.metric(matrix.weight, stats), self.pattern, sparsity, (rows, columns))
         weight, mask = self.update(matrix.weight, choose, stats)

@@ -49,6 +49,6 @@ class OBS:
         scale = factored.upper.diagonal().masked_fill(factored.dead, 0.0)
 
         def score(weight: Tensor, columns: slice) -> Tensor:
-            return (magnitude(weight, columns) * scale[columns]).square_()
+            return magnitude(weight, columns).mul_(scale[columns]).square_()
 
         return score

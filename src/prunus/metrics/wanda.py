@@ -29,6 +29,6 @@ class Wanda:
         norm = stats[InputNorm].norm
 
         def score(weight: Tensor, columns: slice) -> Tensor:
-            return magnitude(weight, columns) * norm[columns]
+            return magnitude(weight, columns).mul_(norm[columns])
 
         return score

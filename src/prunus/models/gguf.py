@@ -5,13 +5,12 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import os
 import shutil
 import struct
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from prunus.errors import ModelError
 from prunus.models.quiet import quiet
@@ -88,11 +87,11 @@ def _build(target: Path, provide: Callable[[Path], Path]) -> None:
     scratch.mkdir(parents=True)
     try:
         gguf = provide(scratch)
-        LOGGER.info("Converting %s to a float32 model folder, once (about a minute for 135 M parameters) ...", gguf.name)
+        LOGGER.info("Converting %s to a float32 folder, once (a minute for 135 M parameters)", gguf.name)
         start = time.perf_counter()
         _write(gguf, partial)
         shutil.rmtree(scratch)
-        os.replace(partial, target)
+        partial.replace(target)
         LOGGER.info("Converted in %.0f s: %s", time.perf_counter() - start, target)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
@@ -112,14 +111,15 @@ def _write(gguf: Path, folder: Path) -> None:
     (folder / "prunus-source.json").write_text(json.dumps(origin, indent=2) + "\n", encoding="utf-8")
 
 
-def _read(gguf: Path):  # noqa: ANN202 - the tokenizer's class differs from model to model
+def _read(gguf: Path) -> tuple[PreTrainedModel, Any]:
+    """Model, dequantised to float32, and tokenizer."""
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     try:
         with quiet():
             tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
-            model, report = AutoModelForCausalLM.from_pretrained(
+            loaded: Any = AutoModelForCausalLM.from_pretrained(
                 gguf.parent, gguf_file=gguf.name, dtype=torch.float32, output_loading_info=True
             )
     except ImportError as problem:
@@ -130,6 +130,7 @@ def _read(gguf: Path):  # noqa: ANN202 - the tokenizer's class differs from mode
             f"{gguf} cannot be read as a GGUF model ({type(problem).__name__}: {str(problem)[:200]}). It is truncated, "
             "or of an architecture that transformers does not read from GGUF; download it again or give a model folder."
         ) from problem
+    model, report = loaded
     if report["missing_keys"]:
         missing = sorted(report["missing_keys"])
         raise ModelError(f"{gguf} lacks {len(missing)} weights, first {missing[0]}; a split GGUF must be merged first.")
@@ -141,8 +142,7 @@ def _plain(model: PreTrainedModel) -> PreTrainedModel:
     import torch
 
     config = model.config
-    if hasattr(config, "quantization_config"):
-        del config.quantization_config
+    vars(config).pop("quantization_config", None)
     with torch.device("meta"):
         plain = type(model)(config)
     plain.load_state_dict(model.state_dict(), assign=True)

@@ -107,7 +107,7 @@ def check_folder(folder: Path, *, trust_remote_code: bool = False) -> None:
         if pickles:
             raise ModelError(
                 f"{folder} holds its weights only as pickles ({', '.join(pickles[:3])}), and loading a pickle can run "
-                "any code in it. If you trust it, convert it once: python -c \"from transformers import AutoTokenizer "
+                'any code in it. If you trust it, convert it once: python -c "from transformers import AutoTokenizer '
                 f"as T, AutoModelForCausalLM as M; M.from_pretrained('{folder}').save_pretrained('NEW'); "
                 f"T.from_pretrained('{folder}').save_pretrained('NEW')\", then give NEW."
             )
@@ -138,10 +138,10 @@ def read_config(folder: Path) -> dict:
 
 def _check_own_code(folder: Path, config: dict) -> None:
     """Refuse code in the folder unless transformers has the architecture itself (Falcon and Phi-3 list both)."""
-    from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
+    from transformers import CONFIG_MAPPING
 
     kind = config.get("model_type")
-    if kind not in CONFIG_MAPPING_NAMES:
+    if kind not in CONFIG_MAPPING:
         raise ModelError(
             f"{folder} needs remote code: transformers has no architecture {kind!r} and config.json names Python files "
             "of its own (auto_map). Read them, then give --trust-remote-code (trust_remote_code=True)."
@@ -164,10 +164,9 @@ def _from_alias(name: str, models: Path) -> Path:
 
     alias = ALIASES[name]
     try:
-        installed = version(alias.package)
-        spec = find_spec(alias.module)
+        installed, spec = version(alias.package), find_spec(alias.module)
     except PackageNotFoundError:
-        spec = None
+        installed, spec = "", None
     if spec is None or not spec.submodule_search_locations:
         raise ModelError(f"The model {name!r} comes in the package {alias.package}, which is missing: {alias.install}")
     if alias.assembles:

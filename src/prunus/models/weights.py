@@ -24,6 +24,7 @@ from transformers.core_model_loading import (
 from transformers.modeling_utils import LoadStateDictConfig
 
 from prunus.errors import ModelError
+from prunus.memory import release
 from prunus.models.checkpoint import Checkpoint
 
 
@@ -89,6 +90,7 @@ class Weights:
                 if parameter is not None and parameter.device.type != "meta":
                     empty = torch.empty_like(parameter, device="meta")
                     child._parameters[name] = nn.Parameter(empty, requires_grad=parameter.requires_grad)
+        release()
 
     def dtype(self, parameter: str) -> torch.dtype:
         """The dtype in which a parameter of the model lies on disk."""

@@ -19,7 +19,7 @@ def _unstructured(text: str) -> Pattern | None:
 def _nm(text: str) -> Pattern:
     """`N:M` with N kept of every M."""
     n, m = map(int, text.split(":"))
-    if n > m:
+    if n > m > 0:
         raise RecipeError(f"Pattern {text!r} keeps {n} of every {m}: N:M names what stays first. Did you mean {m}:{n}?")
     return NM(n, m)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import combinations
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -83,12 +83,16 @@ class NM:
     def settle(self, budget: Mapping[str, float], sizes: Mapping[str, int], target: float) -> dict[str, float]:
         """Whole weights per group: the largest fractions are rounded up until the target is met.
 
-        Each matrix removes 0 to M - 1 of every group. Within half the weights of the last matrix rounded the total is
-        `target`; with equal sizes that is exact whenever it is a multiple of what one unit removes.
+        Each matrix removes 0 to M - 1 of every group. The total is met to within half of what one unit of a matrix
+        removes; with equal sizes exactly, if whole units can. A budget that is not meant to meet the target (a manual
+        one) keeps its own total.
         """
+        total = sum(sizes[site] * sparsity for site, sparsity in budget.items())
+        aim = target * sum(sizes[site] for site in budget)
+        aim = aim if abs(total - aim) < 1e-6 * aim else total
         wanted = {site: min(max(sparsity * self.m, 0.0), self.m - 1.0) for site, sparsity in budget.items()}
-        pruned = {site: count(1, 1.0) * int(value + 1e-9) for site, value in wanted.items()}
-        missing = sum(sizes[site] * (target * self.m - pruned[site]) for site in budget)  # in weights per group slot
+        pruned = {site: int(value + 1e-9) for site, value in wanted.items()}
+        missing = aim * self.m - sum(sizes[site] * units for site, units in pruned.items())
         step = 1 if missing > 0 else -1
         order = sorted(budget, key=lambda site: step * (pruned[site] - wanted[site]))  # stable: ties in site order
         while any(self._helps(site, sizes, pruned, missing, step) for site in order):
@@ -105,10 +109,17 @@ class NM:
 
 def _keep_pairwise(groups: Tensor, pruned: int) -> Tensor:
     """Rank by counting: a score goes if fewer than `pruned` of its group come before it. `[rows, groups, m]`."""
-    members = groups.unbind(-1)
-    before = [torch.zeros(members[0].shape, dtype=torch.int8, device=groups.device) for _ in members]
-    for i, j in combinations(range(len(members)), 2):
-        later_is_lower = members[j] < members[i]
-        before[i] += later_is_lower
-        before[j] += ~later_is_lower
-    return torch.stack([rank >= pruned for rank in before], -1)
+    keep = torch.empty_like(groups, dtype=torch.bool)
+    before = torch.zeros(groups.shape[-1], *groups.shape[:-1], dtype=torch.int8, device=groups.device)
+    arrays: list[Any] = [groups.movedim(-1, 0), before, keep.movedim(-1, 0)]
+    if groups.device.type == "cpu":
+        # The same operators, but a NumPy call costs a fraction of a torch one, and an update asks group by group.
+        arrays = [array.numpy() for array in arrays]
+    scores, ranks, kept = (list(array) for array in arrays)
+    for i, j in combinations(range(len(scores)), 2):
+        later_is_lower = scores[j] < scores[i]
+        ranks[i] += later_is_lower
+        ranks[j] += ~later_is_lower
+    for rank, target in zip(ranks, kept, strict=True):
+        target[...] = rank >= pruned
+    return keep

@@ -9,7 +9,7 @@ from typing import ClassVar, Literal, get_args
 from torch import Tensor
 
 from prunus.errors import RecipeError, near
-from prunus.patterns.selection import count, keep_highest, share
+from prunus.patterns.selection import count, keep_highest, keep_highest_overall, kth_lowest, share
 from prunus.sites import SiteInfo
 
 Group = Literal["row", "matrix"]
@@ -49,15 +49,14 @@ class Unstructured:
 
     def keep(self, scores: Tensor, sparsity: float) -> Tensor:
         """The mask `[out, cols]` without the lowest scores. In `exact` the count per group is exact."""
-        rows = scores if self.group == "row" else scores.reshape(1, -1)
-        if self.compat == "exact":
-            return keep_highest(rows, count(rows.shape[1], sparsity)).view(scores.shape)
-        index = int(rows.shape[1] * sparsity)
+        size = scores.shape[1] if self.group == "row" else scores.numel()
         if self.group == "row":
-            return keep_highest(rows, index)
+            pruned = count(size, sparsity) if self.compat == "exact" else int(size * sparsity)
+            return keep_highest(scores, pruned)
+        if self.compat == "exact":
+            return keep_highest_overall(scores, count(size, sparsity))
         # Position ⌊n·s⌋ of the sorted scores is past the end for s = 1, where the published code fails.
-        threshold = rows.flatten().kthvalue(min(index + 1, rows.shape[1])).values
-        return scores > threshold
+        return scores > kth_lowest(scores.reshape(1, -1), min(int(size * sparsity) + 1, size))
 
     def portion(self, sparsity: float, shape: tuple[int, int], columns: slice) -> float:
         """`exact` carries the remainder from slice to slice; `reference` rounds each slice for itself."""

@@ -9,11 +9,14 @@ import torch
 from torch import Tensor
 
 from prunus.errors import RecipeError, near
-from prunus.factor import Factor, Factored
+from prunus.factor import Factor
 from prunus.statistics import Gram, SiteStats
+from prunus.updates.keep import zeroed
 from prunus.updates.update import Choose
 
 Compat = Literal["exact", "reference"]
+
+_PANEL = 32  # columns corrected one by one; then one product corrects the rest of the block
 
 
 @dataclass(frozen=True)
@@ -65,28 +68,29 @@ class OBSSweep:
         """
         factored = stats.derive(Factor(self.damp))
         # Columns as rows: every step below then reads and writes contiguous memory.
-        dense = weight.T.to(torch.promote_types(weight.dtype, torch.float32), copy=True).contiguous()
+        dense = torch.empty(
+            weight.T.shape, dtype=torch.promote_types(weight.dtype, torch.float32), device=weight.device
+        ).copy_(weight.T)
         dead = factored.dead if self.compat == "reference" and not stats.unseen else None
         if dead is not None:
             dense[dead] = 0.0
-        swept, mask = self._sweep(dense, choose, factored)
+        swept, mask = self._sweep(dense, choose, factored.upper.to(dense.dtype))
         if dead is not None:
             mask[dead] = False
-        return swept.T.contiguous(), mask.T.contiguous()
+        return swept.T, mask.T
 
-    def _sweep(self, dense: Tensor, choose: Choose, factored: Factored) -> tuple[Tensor, Tensor]:
-        """The swept weight and the mask, both `[in, out]`."""
-        upper = factored.upper.to(dense.dtype)
+    def _sweep(self, dense: Tensor, choose: Choose, upper: Tensor) -> tuple[Tensor, Tensor]:
+        """The swept weight and the mask, both `[in, out]`; overwrites `dense` with what was lost, W - Ŵ."""
         swept, mask = torch.empty_like(dense), torch.empty_like(dense, dtype=torch.bool)
-        lost = torch.empty_like(dense)  # W - Ŵ
         width = max(self.block - self.block % choose.align, choose.align)
         for start in range(0, len(dense), width):
             columns = slice(start, min(start + width, len(dense)))
             inverse = _inverse(upper[columns, columns])
-            gathered = upper[:start, columns].T @ lost[:start]
+            gathered = upper[:start, columns].T @ dense[:start]
             present = torch.addmm(dense[columns], inverse.T, gathered)
-            swept[columns], mask[columns] = _sweep_block(present, inverse, choose, columns)
-            torch.sub(dense[columns], swept[columns], out=lost[columns])
+            errors, mask[columns] = _sweep_block(present, inverse, choose, columns)
+            swept[columns] = zeroed(present.addmm_(inverse.T, errors, alpha=-1), mask[columns])
+            dense[columns] -= swept[columns]
         return swept, mask
 
 
@@ -97,23 +101,29 @@ def _inverse(upper: Tensor) -> Tensor:
 
 
 def _sweep_block(present: Tensor, inverse: Tensor, choose: Choose, columns: slice) -> tuple[Tensor, Tensor]:
-    """Fix one block of columns, given their values `present [cols, out]` and U of the block `[cols, cols]`."""
-    mask = torch.empty_like(present, dtype=torch.bool)
-    errors = torch.empty_like(present)  # e_j = (w_j - ŵ_j) / U_jj
-    step = choose.align if choose.align > 1 else len(present)
+    """Decide about one block of columns, given their values `present [cols, out]` and its U, `inverse [cols, cols]`.
+
+    Returns:
+        The errors e_j = (w_j - ŵ_j) / U_jj and the mask, both `[cols, out]`.
+    """
+    errors = torch.empty_like(present)
+    grouped = choose.align > 1  # the groups of N:M see what the groups before them left
+    step = choose.align if grouped else _PANEL
+    mask = torch.empty_like(present, dtype=torch.bool) if grouped else choose(present.T, columns).T
     for start in range(0, len(present), step):
-        part = slice(start, start + step)
+        part = slice(start, min(start + step, len(present)))
         now = torch.addmm(present[part], inverse[:start, part].T, errors[:start], alpha=-1)
-        asked = slice(columns.start + start, columns.start + start + step)
-        mask[part] = choose(now.T, asked).T
-        _errors(now, mask[part], inverse[part, part], errors[part])
-    swept = torch.addmm(present, inverse.T, errors, alpha=-1)
-    return swept.masked_fill_(~mask, 0.0), mask
+        if grouped:
+            mask[part] = choose(now.T, slice(columns.start + part.start, columns.start + part.stop)).T
+        _fix(now, mask[part], inverse[part, part], errors[part])
+    return errors, mask
 
 
-def _errors(present: Tensor, mask: Tensor, inverse: Tensor, errors: Tensor) -> None:
-    """Column by column: what is left of each, and its error, written into `errors [cols, out]`."""
-    scale = (~mask) / inverse.diagonal()[:, None]
-    for i in range(len(present)):
-        torch.addmv(present[i], errors[:i].T, inverse[:i, i], alpha=-1, out=errors[i])
-        errors[i] *= scale[i]
+def _fix(present: Tensor, mask: Tensor, inverse: Tensor, errors: Tensor) -> None:
+    """Write the errors of a few columns, one after the other, into `errors [cols, out]`."""
+    scale = (~mask).to(present.dtype).mul_((1 / inverse.diagonal())[:, None])
+    corrections = inverse.T.contiguous()
+    steps = zip(present.unbind(), scale.unbind(), corrections.unbind(), errors.unbind(), strict=True)
+    for i, (value, factor, correction, error) in enumerate(steps):
+        torch.addmv(value, errors[:i].T, correction[:i], alpha=-1, out=error)
+        error.mul_(factor)

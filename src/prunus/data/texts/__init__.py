@@ -1,1 +1,1 @@
-"""Texts that come with the package; LICENCE.md beside them says whose they are."""
+"""Texts that come with the package; LICENSE.md beside them says whose they are."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -14,7 +15,7 @@ import torch
 from prunus import memory
 from prunus.distributed import Processes
 from prunus.edits import apply
-from prunus.job import Job, prepare
+from prunus.job import Job, check_out, prepare
 from prunus.models.checkpoint import Checkpoint
 from prunus.output import Output
 from prunus.progress import Progress, Silent
@@ -50,7 +51,7 @@ def prune(
         processes = Processes.join(torch.device(recipe.device))
         job = prepare(recipe, Path(out), overwrite=overwrite, processes=processes)
     try:
-        result = _run(job, restart, progress, clock)
+        result = _published(job, restart, overwrite) or _run(job, restart, progress, clock)
     finally:
         progress.close()
         job.work.close()
@@ -77,6 +78,19 @@ class Clock:
     def read(self) -> dict[str, float]:
         """Seconds of each stage, and in total."""
         return {"total": time.monotonic() - self.started, **self.seconds}
+
+
+def _published(job: Job, restart: bool, overwrite: bool) -> dict[str, Any] | None:
+    """The result of the same run, if it was killed between OUT's appearance and the removal of its work folder."""
+    if not job.processes.agree(job.work.published):
+        return None
+    same = job.work.read("run.json") == job.fingerprint
+    if job.processes.rank == 0:
+        job.work.close(remove=True)
+    if same and not restart:
+        return json.loads((job.out / "prunus.json").read_text(encoding="utf-8"))["result"]
+    check_out(job.out, job.checkpoint.folder, overwrite)
+    return None
 
 
 def _run(job: Job, restart: bool, progress: Progress, clock: Clock) -> dict[str, Any]:
@@ -132,7 +146,8 @@ def _blocks(job: Job, output: Output, budget: Mapping[str, float], progress: Pro
         return output.shard(block) if reports[block.name] else None
 
     progress.stage("prune", len(job.stream.blocks))
-    for _ in filter(None, reports.values()):
+    job.resumed = sum(report is not None for report in reports.values())
+    for _ in range(job.resumed):
         progress.advance("finished before")
     needs = job.method.needs
     for step in job.stream.walk(job.batches if needs else job.batches[-1:], needs, finished):
@@ -191,6 +206,7 @@ def _result(job: Job, reports: list[dict[str, Any]], clock: Clock) -> dict[str, 
         "allocation": part.allocation,
         "sparsity": {"wanted": part.sparsity, "reached": zeros / size, "model": zeros / job.parameters},
         "blocks": reports,
+        "resumed_blocks": job.resumed,
         "sites": len(matrices),
         "parameters": {"model": job.parameters, "sites": size, "zeros": zeros},
         "calibration": job.calibration_summary,

@@ -1,0 +1,128 @@
+"""Metrics, masks and allocations as their papers write them, in the plainest loops."""
+
+from itertools import combinations
+from math import sqrt
+
+import pytest
+import torch
+
+from prunus.allocations import OWL
+from prunus.methods import METHODS
+from prunus.metrics import METRICS
+from prunus.sites import Matrix, SiteInfo
+from prunus.statistics import Gram, InputNorm, SiteStats
+
+OUT, IN, TOKENS, SAMPLES = 5, 8, 30, 3
+
+
+@pytest.fixture
+def weight():
+    return torch.randn(OUT, IN, generator=torch.Generator().manual_seed(0))
+
+
+@pytest.fixture
+def x():
+    generator = torch.Generator().manual_seed(1)
+    return torch.randn(TOKENS, IN, generator=generator) @ torch.randn(IN, IN, generator=generator)
+
+
+def gathered(x, samples=SAMPLES):
+    stats = {InputNorm: InputNorm(x.shape[1]), Gram: Gram(x.shape[1])}
+    for statistic in stats.values():
+        statistic.update(x, samples)
+    return SiteStats(stats)
+
+
+def scores(name, weight, x):
+    return METRICS[name](weight, gathered(x))(weight, slice(0, weight.shape[1])).tolist()
+
+
+def test_magnitude(weight, x):
+    w = weight.tolist()
+    wanted = [[abs(w[i][j]) for j in range(IN)] for i in range(OUT)]
+    assert scores("magnitude", weight, x) == wanted
+
+
+def test_wanda(weight, x):
+    w, t = weight.tolist(), x.tolist()
+    norm = [sqrt(sum(t[k][j] ** 2 for k in range(TOKENS)) / SAMPLES) for j in range(IN)]
+    for i in range(OUT):
+        wanted = [abs(w[i][j]) * norm[j] for j in range(IN)]
+        assert scores("wanda", weight, x)[i] == pytest.approx(wanted, rel=1e-6)
+
+
+def test_ria(weight, x):
+    w, t = weight.tolist(), x.tolist()
+    norm = [sqrt(sum(t[k][j] ** 2 for k in range(TOKENS)) / SAMPLES) for j in range(IN)]
+    for i in range(OUT):
+        row = sum(abs(w[i][j]) for j in range(IN))
+        wanted = []
+        for j in range(IN):
+            column = sum(abs(w[k][j]) for k in range(OUT))
+            wanted.append((abs(w[i][j]) / column + abs(w[i][j]) / row) * norm[j] ** 0.5)
+        assert scores("ria", weight, x)[i] == pytest.approx(wanted, rel=1e-5)
+
+
+def test_obs(weight, x):
+    hessian = 2 / SAMPLES * x.double().T @ x.double()
+    hessian += 0.01 * hessian.diagonal().mean() * torch.eye(IN)
+    for i in range(OUT):
+        for j in range(IN):
+            wanted = weight[i, j].item() ** 2 / torch.linalg.inv(hessian[j:, j:])[0, 0].item()
+            assert scores("obs", weight, x)[i][j] == pytest.approx(wanted, rel=1e-4)
+
+
+def test_wanda_removes_the_lowest_half_of_every_row(weight, x):
+    mask = METHODS["wanda"].prune(Matrix("a", weight, "b"), gathered(x), 0.5).mask.tolist()
+    for i, row in enumerate(scores("wanda", weight, x)):
+        gone = sorted(range(IN), key=lambda j: row[j])[: int(IN * 0.5)]
+        assert mask[i] == [j not in gone for j in range(IN)]
+
+
+def test_wanda_is_the_best_subset_if_inputs_do_not_correlate(weight):
+    x = torch.diag(torch.tensor([0.3, 2, 1, 0.7, 4, 0.2, 1.5, 0.9]))
+    mask = METHODS["wanda"].prune(Matrix("a", weight, "b"), gathered(x, 1), 0.5).mask
+    for i in range(OUT):
+
+        def lost(gone, i=i):
+            return (weight[i, list(gone)] @ x[:, list(gone)].T).square().sum().item()
+
+        best = min(combinations(range(IN), 4), key=lost)
+        assert (~mask[i]).nonzero().flatten().tolist() == list(best)
+
+
+def test_owl():
+    generator = torch.Generator().manual_seed(5)
+    blocks = [
+        [(torch.randn(6, 8, generator=generator) ** 3, torch.randn(20, 8, generator=generator)) for _ in range(2)]
+        for _ in range(4)
+    ]
+    ratios = []
+    for block in blocks:
+        flat = []
+        for w, x in block:
+            norm = [sqrt(sum(x[t, j].item() ** 2 for t in range(20)) / SAMPLES) for j in range(8)]
+            flat += [abs(w[i, j].item()) * norm[j] for i in range(6) for j in range(8)]
+        mean = sum(flat) / len(flat)
+        ratios.append(100 * sum(score > 3 * mean for score in flat) / len(flat))
+    span, target = 0.08, 0.7
+    kept = [(ratio - min(ratios)) / (max(ratios) - min(ratios)) * 2 * span for ratio in ratios]
+    wanted = [1 - (u - sum(kept) / 4 + 1 - target) for u in kept]
+
+    class Survey:
+        def __init__(self):
+            self.sites = [SiteInfo(f"{b}.{i}", str(b), (6, 8)) for b in range(4) for i in range(2)]
+
+        def measure(self, function, needs=frozenset()):
+            return {
+                str(b): function(
+                    [Matrix(f"{b}.{i}", w, str(b)) for i, (w, _) in enumerate(block)],
+                    {f"{b}.{i}": gathered(x) for i, (_, x) in enumerate(block)},
+                )
+                for b, block in enumerate(blocks)
+            }
+
+    assert len(set(ratios)) > 2
+    for compat in ("exact", "reference"):
+        budget = OWL(multiple=3, span=span, compat=compat).divide(Survey(), target)
+        assert list(budget.values()) == pytest.approx([s for s in wanted for _ in range(2)], abs=1e-12)
