@@ -132,6 +132,19 @@ def test_the_python_function_takes_the_same_names(engine: Calls) -> None:
         prunus.prune("m", "o", sparsity=2.0)
 
 
+def test_options_that_are_not_given_leave_everything_to_the_recipe(
+    engine: Calls, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    file = tmp_path / "r.yaml"
+    file.write_text(
+        "model: m\nout: o\nprune: {ignore: ['*.q'], settings: {update.damp: 0.5}}\ntrust_remote_code: true\n"
+    )
+    assert said(capsys, "prune", "--recipe", file)[0] == 0
+    assert engine[0]["recipe"].prune.ignore == ["*.q"]
+    assert engine[0]["recipe"].prune.settings == {"update.damp": 0.5}
+    assert engine[0]["recipe"].trust_remote_code
+
+
 def test_options_override_a_recipe_file(engine: Calls, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     file = tmp_path / "r.yaml"
     file.write_text("model: m\nout: there\nprune: {sparsity: 0.3, method: ria}\n")
@@ -429,6 +442,16 @@ def test_a_bad_option_is_refused(
     given = [files.get(word, word) for word in words.split()]
     given += [] if "--calibration" in given else ["--calibration", ids]
     refused(capsys, tmp_path / "out", ["prune", model, tmp_path / "out", "-q", *given], expected)
+
+
+def test_a_plan_refuses_what_the_run_would(
+    model: Path, ids: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    rest = ["--calibration", ids]
+    refused(capsys, out, ["plan", model, out, "--pattern", "2:3", *rest], ["model.layers.0.self_attn.q_proj", "3"])
+    refused(capsys, out, ["plan", model, model / "out", *rest], ["OUT", "inside"])
+    refused(capsys, out, ["plan", model, out, "--method", "wands", *rest], ["wands"])
 
 
 def test_a_bad_place_is_refused(model: Path, ids: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:

@@ -85,7 +85,7 @@ def test_one_bad_group_breaks_a_pattern(tmp_path: Path) -> None:
 
 
 def test_experts_are_seen_together_and_the_patterns_hold_in_each(tmp_path: Path) -> None:
-    stack = torch.stack([n_of_m(16, 32, 2, 4), n_of_m(16, 32, 1, 4), n_of_m(16, 32, 2, 4)])
+    stack = torch.stack([n_of_m(16, 32, 1, 4), n_of_m(16, 32, 2, 4), n_of_m(16, 32, 1, 4)])
     row = only(inspect(save(tmp_path, {"model.layers.0.mlp.experts.gate_up_proj": stack})))
     assert row["shape"] == [3, 16, 32]
     assert "2:4" in row["patterns"]

@@ -148,8 +148,8 @@ def buys(pattern: str) -> str:
         gain = "Unstructured zeros keep the most quality at a given sparsity; only a runtime made for them gains speed."
     elif pattern == "2:4":
         gain = (
-            "2:4 is the one pattern that GPUs execute (NVIDIA, Ampere and later, through torch.sparse); current vLLM no "
-            "longer does. On CPUs it gains nothing over unstructured 50 % where we measured it, and costs quality."
+            "2:4 is the one pattern that GPUs execute (NVIDIA, Ampere and later, through torch.sparse); current vLLM "
+            "no longer does. On CPUs it gains nothing over unstructured 50 % where we measured it, and costs quality."
         )
     else:
         gain = f"No stock runtime executes {pattern}; only a runtime made for it gains speed."

@@ -1,70 +1,21 @@
 """Laws of allocations, over the registry."""
 
-import json
 import logging
 from dataclasses import replace
+from itertools import pairwise
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from resident import EVEN, UNEVEN, Resident, model
 
 from prunus.allocations import ALLOCATIONS, OWL, GlobalMagnitude, Manual, project
 from prunus.errors import RecipeError
 from prunus.patterns import NM
 from prunus.patterns.selection import count
-from prunus.sites import Matrix, SiteInfo
+from prunus.sites import Matrix
 from prunus.statistics import InputNorm, SiteStats
-
-
-class Resident:
-    """A survey of matrices in memory: block -> site -> (weight, inputs)."""
-
-    def __init__(self, blocks):
-        self.blocks = blocks
-        self.matrices = {b: [Matrix(f"{b}.{s}", w, b) for s, (w, _) in sites.items()] for b, sites in blocks.items()}
-        self.sites = [
-            SiteInfo(matrix.name, matrix.block, tuple(matrix.weight.shape))
-            for block in self.matrices.values()
-            for matrix in block
-        ]
-        self.data_passes = 0
-
-    def measure(self, function, needs=frozenset()):
-        self.data_passes += bool(needs)
-        return {
-            block: function(
-                matrices, {f"{block}.{s}": self._stats(x, needs) for s, (_, x) in self.blocks[block].items()}
-            )
-            for block, matrices in self.matrices.items()
-        }
-
-    def _stats(self, x, needs):
-        made = {kind: kind(x.shape[1]) for kind in needs}
-        for statistic in made.values():
-            if len(x):
-                statistic.update(x, 2)
-        return SiteStats(made)
-
-
-def model(shapes, seed=0, dtype=torch.float32, equal=False):
-    generator = torch.Generator().manual_seed(seed)
-    blocks = {}
-    for b, sites in enumerate(shapes):
-        if equal:
-            generator.manual_seed(seed)
-        blocks[f"layers.{b}"] = {
-            f"m{i}": (
-                (torch.randn(*shape, generator=generator) ** (1 if equal else b % 3 + 1)).to(dtype),
-                torch.randn(40, shape[1], generator=generator) ** 2,
-            )
-            for i, shape in enumerate(sites)
-        }
-    return Resident(blocks)
-
-
-EVEN = [[(8, 16), (16, 8)]] * 5
-UNEVEN = [[(8, 16)], [(4, 4), (10, 20)], [(40, 16), (16, 40)], [(6, 7)]]
 
 
 @pytest.fixture
@@ -131,7 +82,7 @@ def test_a_projection_meets_its_target_within_bounds_and_keeps_the_order(groups,
     reached = sum(shares[i] * sizes[i] for i in raw) / sum(sizes.values())
     assert reached == pytest.approx(target, abs=1e-9)
     order = sorted(raw, key=raw.get)
-    assert all(shares[a] <= shares[b] + 1e-12 for a, b in zip(order, order[1:], strict=False))
+    assert all(shares[a] <= shares[b] + 1e-12 for a, b in pairwise(order))
 
 
 def test_a_projection_without_clipping_only_shifts():
@@ -276,49 +227,3 @@ def test_an_emptied_matrix_is_reported(caplog):
         budget = GlobalMagnitude().divide(survey, 0.5)
     assert budget == {"b0.m": 1.0, "b4.m": 0.0}
     assert "b0.m" in caplog.text
-
-
-# manual
-
-
-def manual(tmp_path, text, survey, name="ratios.yaml"):
-    file = tmp_path / name
-    file.write_text(text)
-    return Manual(str(file)).divide(survey, 0.5)
-
-
-def test_the_last_glob_that_fits_counts_and_others_get_the_recipe_s_sparsity(tmp_path):
-    budget = manual(tmp_path, 'layers.1: 0.25\n"*.m1": 0\n"layers.2.m1": 0.7\n', model(UNEVEN))
-    assert list(budget.values()) == [0.5, 0.25, 0.0, 0.5, 0.7, 0.5]
-
-
-def test_a_manual_file_may_be_json(tmp_path):
-    text = json.dumps({"layers.0": 0.125})
-    assert manual(tmp_path, text, model(UNEVEN), "ratios.json")["layers.0.m0"] == 0.125
-
-
-@pytest.mark.parametrize(
-    "text,words",
-    [
-        ("layers.9: 0.5", r"'layers.9' fits no block.*layers"),
-        ("layers.1: 1.0", r"in \[0, 1\)"),
-        ("layers.1: -0.1", r"in \[0, 1\)"),
-        ("layers.1: half", r"in \[0, 1\)"),
-        ("layers.1: true", r"in \[0, 1\)"),
-        ("layers.1: .nan", r"in \[0, 1\)"),
-        ("7: 0.5", "must be a name"),
-        ("- a", "must map"),
-        ("", "must map"),
-        ("a: [", "cannot be read"),
-    ],
-)
-def test_a_wrong_manual_file_is_refused(tmp_path, text, words):
-    with pytest.raises(RecipeError, match=words):
-        manual(tmp_path, text, model(UNEVEN))
-
-
-def test_a_missing_manual_file_is_refused():
-    with pytest.raises(RecipeError, match=r"--set allocation.file="):
-        Manual().divide(model(EVEN), 0.5)
-    with pytest.raises(RecipeError, match=r"nowhere.yaml cannot be read"):
-        Manual("nowhere.yaml").divide(model(EVEN), 0.5)

@@ -1,0 +1,64 @@
+"""Regenerate what README.md and docs/ say about the code and its measurements.
+
+    python scripts/docs.py            write
+    python scripts/docs.py --check    only compare; exit code 1 if something is out of date
+
+A generated part stands between `<!-- generated: NAME WORDS -->` and `<!-- /generated -->`; NAME is a row of `PARTS`.
+"""
+
+from __future__ import annotations
+
+import re
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+from families_table import families
+from results_table import choices, measured, methods, settings
+
+ROOT = Path(__file__).resolve().parent.parent
+MARKED = re.compile(r"(<!-- generated: (.+?) -->\n).*?(<!-- /generated -->)", re.DOTALL)
+
+# Name in a marker -> what renders it, given the other words of the marker.
+PARTS: dict[str, Callable[..., str]] = {
+    "methods": methods,
+    "choices": choices,
+    "settings": settings,
+    "measured": measured,
+    "families": families,
+}
+
+
+def render(text: str) -> str:
+    """The document with every generated part made anew.
+
+    Raises:
+        KeyError: a marker names no part.
+    """
+
+    def part(match: re.Match[str]) -> str:
+        name, *words = match[2].split()
+        return f"{match[1]}{PARTS[name](*words).strip()}\n{match[3]}"
+
+    return MARKED.sub(part, text)
+
+
+def main(arguments: list[str]) -> int:
+    """Write or check all documents; returns the exit code."""
+    stale = []
+    for path in [*sorted(ROOT.glob("*.md")), *sorted(ROOT.glob("docs/**/*.md"))]:
+        before = path.read_text("utf-8")
+        after = render(before)
+        if after != before:
+            stale.append(str(path.relative_to(ROOT)))
+            if "--check" not in arguments:
+                path.write_text(after, "utf-8")
+    if "--check" in arguments and stale:
+        print(f"Out of date: {', '.join(stale)}. Run `make docs`.")
+        return 1
+    print(f"Written: {', '.join(stale) or 'nothing, all is up to date'}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
