@@ -19,6 +19,7 @@ import numpy as np
 import torch
 
 import prunus
+from prunus.evaluation.perplexity import evaluate
 from prunus.models.checkpoint import Checkpoint
 
 # name → options, stem of the gold files (None: no masks there), perplexity of the original, allowed deviation.
@@ -66,7 +67,7 @@ def run(name: str, gold: Path, folder: Path) -> dict:
     row |= {"peak_rss_bytes": pruned["peak_rss_bytes"], "versions": pruned["versions"], "threads": pruned["threads"]}
     if stem:
         row["masks"] = compare_masks(out, gold, stem)
-    found = prunus.evaluate(str(out), text=str(gold / "wikitext2_test_ids.npy"), length=1024, indices=WINDOWS)
+    found = evaluate(str(out), text=str(gold / "wikitext2_test_ids.npy"), length=1024, indices=WINDOWS)
     row |= {"perplexity": found["perplexity"], "original": theirs}
     row["deviation"] = None if theirs is None else found["perplexity"] / theirs - 1
     row["within"] = None if theirs is None else abs(row["deviation"]) <= CASES[name][3]

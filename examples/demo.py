@@ -43,10 +43,14 @@ def show(pruned: dict[str, Any], found: dict[str, Any], console: Console) -> Non
         f"{size['out_bytes'] / 1e6:.0f} MB",
     )
     console.print(table)
-    console.print(f"Perplexity: {found['windows']} windows of {found['length']} tokens of {found['text']}, lower is better.")
+    console.print(
+        f"Perplexity: {found['windows']} windows of {found['length']} tokens of {found['text']}, lower is better."
+    )
     console.print("Sparsity: of the blocks' weights. Seconds and peak memory: of pruning, check included.")
     console.print(f"\ndense:  {dense['sample']}\npruned: {found['sample']}\n", highlight=False, markup=False)
-    console.print(f"The pruned model is an ordinary Hugging Face folder: {pruned['out']}", highlight=False, markup=False)
+    console.print(
+        f"The pruned model is an ordinary Hugging Face folder: {pruned['out']}", highlight=False, markup=False
+    )
 
 
 if __name__ == "__main__":

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from prunus.methods import METHODS
 from prunus.methods.catalogue import rows as catalogue
+from prunus.metrics import METRICS
+from prunus.updates import UPDATES
 
 RESULTS = Path(__file__).resolve().parent.parent / "benchmarks" / "results"
 # What stands beside each method in README: the column's name, and the options of the run in parity.json.
@@ -18,9 +22,9 @@ COLUMNS: dict[str, dict[str, Any]] = {
     "70 %, OWL": {"sparsity": 0.7, "allocation": "owl"},
 }
 PROTOCOL = (
-    "Perplexity of SmolLM2-135M-Instruct on 6 windows of 1,024 tokens of WikiText-2's test split, calibrated on 16 x 512 "
-    "tokens of its validation split; lower is better. Made by `benchmarks/parity.py`. Six windows serve comparison with "
-    "the original code, not a ranking."
+    "Perplexity of SmolLM2-135M-Instruct on 6 windows of 1,024 tokens of WikiText-2's test split, calibrated on 16 x "
+    "512 tokens of its validation split; lower is better. Made by `benchmarks/parity.py`. Six windows serve comparison "
+    "with the original code, not a ranking."
 )
 
 
@@ -39,8 +43,8 @@ def choices(kind: str) -> str:
     """One row for each name of a kind: metric, update, pattern or allocation."""
     rows = [row for row in catalogue() if row["kind"] == kind]
     settings = [", ".join(f"`{key} = {value}`" for key, value in row["defaults"].items()) or "-" for row in rows]
-    lines = [[f"`{row['name']}`", _needs(row), row["paper"] or "-", text] for row, text in zip(rows, settings, strict=True)]
-    return _table([kind, "needs", "paper", "settings"], lines)
+    lines = [[f"`{row['name']}`", _paper(row), text] for row, text in zip(rows, settings, strict=True)]
+    return _table([kind, "paper", "settings"], lines)
 
 
 def settings(kind: str, name: str) -> str:
@@ -85,7 +89,7 @@ def _time(rows: Mapping[str, Mapping[str, Any]]) -> str:
         [tokens, f"{row['seconds']['floor']:.1f} s", *(f"{row['ratio_to_floor'][name]:.2f} x" for name in names)]
         for tokens, row in rows.items()
     ]
-    below = "Floor: two bare forward passes of all blocks over the calibration tokens. Made by `benchmarks/time_to_prune.py`."
+    below = "Floor: two bare forward passes of all blocks over the tokens. Made by `benchmarks/time_to_prune.py`."
     return "\n\n".join([_table(["tokens", "floor", *names], lines, right=range(1, len(names) + 2)), below])
 
 
@@ -106,10 +110,17 @@ def _memory(rows: Sequence[Mapping[str, Any]]) -> str:
 
 
 def _parts(row: Mapping[str, Any]) -> list[str]:
-    parts = {axis: text.partition("(")[0] for axis, text in row["defaults"].items()}
-    group = "row" if "'row'" in row["defaults"]["pattern"] else "matrix"
+    method = METHODS[row["name"]]
+    metric = next(name for name, part in METRICS.items() if part == method.metric)
+    update = next(name for name, part in UPDATES.items() if part == method.update)
     link = f"[{row['name']}](docs/methods/{row['name']}.md)"
-    return [link, parts["metric"], parts["update"], group, _needs(row), row["paper"]]
+    return [link, metric, update, getattr(method.pattern, "group", "row"), _needs(row), _paper(row)]
+
+
+def _paper(row: Mapping[str, Any]) -> str:
+    """The paper with its number as a link; a dash if there is none."""
+    linked = re.sub(r"arXiv:(\d+\.\d+)", r"[arXiv:\1](https://arxiv.org/abs/\1)", row["paper"])
+    return re.sub(r"openreview (\w+)", r"[openreview](https://openreview.net/forum?id=\1)", linked) or "-"
 
 
 def _needs(row: Mapping[str, Any]) -> str:

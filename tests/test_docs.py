@@ -49,14 +49,13 @@ def test_shown_commands_have_the_options_they_use(page: Path) -> None:
 def test_the_file_map_of_the_readme_names_what_exists() -> None:
     text = (ROOT / "README.md").read_text("utf-8")
     map_ = text.partition("## What lies where")[2].partition("```\n")[2].partition("```")[0]
+    above = ROOT
     for line in map_.splitlines():
-        inside = line.startswith("  ")
-        folder = ROOT if not inside else parent  # noqa: F821 - set by the line before
-        names = [name.rstrip(",") for name in re.split(r"\s{2,}", line.strip())[0].split()]
+        names = [name.rstrip(",").rstrip("/") for name in re.split(r"\s{2,}", line.strip())[0].split()]
+        folder = above if line.startswith("  ") else ROOT
         for name in names:
-            assert list(folder.glob(name.rstrip("/"))), line
-        if not inside:
-            parent = ROOT / names[0]
+            assert list(folder.glob(name)), line
+        above = folder if line.startswith("  ") else ROOT / names[0]
 
 
 def test_every_method_and_allocation_has_a_page() -> None:

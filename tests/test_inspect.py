@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from prunus.errors import FormatError, ModelError
-from prunus.inspect import GROUPS, inspect, matrices, tightest
+from prunus.inspection import GROUPS, inspect, matrices, tightest
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16, torch.float64, torch.float8_e4m3fn, torch.float8_e5m2]
 

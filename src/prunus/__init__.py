@@ -6,20 +6,18 @@ The public names are those of `__all__`; everything else may change. They are lo
 
 from __future__ import annotations
 
-import sys
 from importlib import import_module
-from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from prunus.api import evaluate, inspect, methods, plan, prune, run
+    from prunus.api import catalogue, evaluate, inspect, plan, prune, run
     from prunus.errors import CalibrationError, FormatError, ModelError, PrunusError, RecipeError
     from prunus.recipe import Recipe, load_recipe
 
 __version__ = "0.1.0"
 
 _PLACES = {
-    **dict.fromkeys(("prune", "plan", "evaluate", "inspect", "methods", "run"), "prunus.api"),
+    **dict.fromkeys(("catalogue", "evaluate", "inspect", "plan", "prune", "run"), "prunus.api"),
     **dict.fromkeys(("Recipe", "load_recipe"), "prunus.recipe"),
     **dict.fromkeys(("PrunusError", "RecipeError", "ModelError", "CalibrationError", "FormatError"), "prunus.errors"),
 }
@@ -32,10 +30,10 @@ __all__ = [
     "Recipe",
     "RecipeError",
     "__version__",
+    "catalogue",
     "evaluate",
     "inspect",
     "load_recipe",
-    "methods",
     "plan",
     "prune",
     "run",
@@ -52,18 +50,3 @@ def __getattr__(name: str) -> Any:
 def __dir__() -> list[str]:
     """The public names."""
     return __all__
-
-
-class _Package(ModuleType):
-    """`prunus.prune` is the function, also after something imported the module `prunus.prune`.
-
-    Python sets a submodule as an attribute of its package; for the public names that must not happen, or the meaning
-    of `prunus.prune` would depend on what was imported before. `from prunus.prune import ...` works as ever.
-    """
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        if not (name in _PLACES and isinstance(value, ModuleType)):
-            super().__setattr__(name, value)
-
-
-sys.modules[__name__].__class__ = _Package

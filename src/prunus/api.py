@@ -20,7 +20,7 @@ class Options(TypedDict, total=False):
     """Keyword arguments of `prune` and `plan`; each has the default that `prunus prune --help` names.
 
     Attributes:
-        method: a row of `prunus.methods()` of kind method.
+        method: a row of `prunus.catalogue()` of kind method.
         sparsity: share of the blocks' weights to remove, in [0, 1).
         pattern: "unstructured", or "N:M" with N kept of every M consecutive inputs.
         allocation: how the sparsity is divided over the blocks.
@@ -94,7 +94,7 @@ def prune(
 
 def plan(model: str | Path, out: str | Path | None = None, **options: Unpack[Options]) -> dict[str, Any]:
     """What `prune` with the same arguments would do; reads no weights. Returns what `prunus plan --json` prints."""
-    from prunus.plan import plan as foretell
+    from prunus.planning import plan as foretell
 
     return foretell(_recipe(model, out, options))
 
@@ -145,13 +145,13 @@ def evaluate(  # noqa: PLR0913 - the options of the command
 
 def inspect(model: str | Path, *, progress: Progress | None = None) -> dict[str, Any]:
     """Sparsity by block and matrix, and the N:M patterns that hold. Returns what `prunus inspect --json` prints."""
-    from prunus.inspect import inspect as look
+    from prunus.inspection import inspect as look
     from prunus.models.source import locate
 
     return look(locate(model), progress=progress)
 
 
-def methods() -> list[dict[str, Any]]:
+def catalogue() -> list[dict[str, Any]]:
     """Every method, metric, update, pattern and allocation: `name, kind, paper, needs, defaults`."""
     from prunus.methods.catalogue import rows
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -51,12 +52,25 @@ def prune(
         processes = Processes.join(torch.device(recipe.device))
         job = prepare(recipe, Path(out), overwrite=overwrite, processes=processes)
     try:
-        result = _published(job, restart, overwrite) or _run(job, restart, progress, clock)
+        with _collecting(job.warnings):
+            result = _published(job, restart, overwrite) or _run(job, restart, progress, clock)
     finally:
         progress.close()
         job.work.close()
     processes.leave()
     return result
+
+
+@contextmanager
+def _collecting(warnings: list[str]) -> Iterator[None]:
+    """What parts say through the logger "prunus" becomes part of the result."""
+    logger, handler = logging.getLogger("prunus"), logging.Handler(logging.WARNING)
+    handler.emit = lambda record: warnings.append(record.getMessage())  # type: ignore[method-assign]
+    logger.addHandler(handler)
+    try:
+        yield
+    finally:
+        logger.removeHandler(handler)
 
 
 @dataclass
@@ -195,7 +209,12 @@ def _result(job: Job, reports: list[dict[str, Any]], clock: Clock) -> dict[str, 
             f"{unseen} of {len(matrices)} matrices saw no calibration token (rarely used experts); they were ranked by "
             "magnitude. More --samples would reach them."
         )
+    walked = {report["name"] for report in reports}
+    for tower in sorted({block.tower for block in job.stream.blocks if block.name not in walked}):
+        job.warnings.append(f"{tower} did not run on the calibration inputs and stays dense.")
     part = job.recipe.prune
+    dense = job.checkpoint.bytes
+    written = Checkpoint.open(job.work.checkpoint).bytes if job.processes.rank == 0 else dense
     return {
         "model": job.recipe.model,
         "out": str(job.out),
@@ -213,7 +232,7 @@ def _result(job: Job, reports: list[dict[str, Any]], clock: Clock) -> dict[str, 
         "seconds": clock.read(),
         "peak_rss_bytes": memory.peak(),
         "predicted_peak_bytes": job.predicted["peak"],
-        "size": {"dense_bytes": job.checkpoint.bytes, "out_bytes": job.checkpoint.bytes},
+        "size": {"dense_bytes": dense, "out_bytes": written},
         "device": str(job.device),
         "dtype": job.dtype_name,
         "threads": torch.get_num_threads(),

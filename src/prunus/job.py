@@ -26,7 +26,7 @@ from prunus.errors import CalibrationError, RecipeError
 from prunus.methods.elementwise import Elementwise
 from prunus.models.checkpoint import Checkpoint
 from prunus.models.discover import find_blocks, uncovered
-from prunus.models.skeleton import skeleton
+from prunus.models.skeleton import parameter_count, skeleton
 from prunus.models.source import locate
 from prunus.models.weights import Weights
 from prunus.recipe import Recipe
@@ -90,8 +90,7 @@ class Job:
     @property
     def parameters(self) -> int:
         """Number of the model's weights, tied ones once."""
-        model = self.stream.model
-        return sum(value.numel() for name, value in model.named_parameters() if name not in model.all_tied_weights_keys)
+        return parameter_count(self.stream.model)
 
     @property
     def calibration_summary(self) -> dict[str, Any]:
@@ -146,12 +145,12 @@ def prepare(recipe: Recipe, out: Path, *, overwrite: bool, processes: Processes)
         PrunusError: something about the recipe, the model, the text or the output does not do.
     """
     method, allocation = recipe.build()
-    device = _device(recipe.device)
+    device = device_of(recipe.device)
     folder = locate(recipe.model, trust_remote_code=recipe.trust_remote_code)
     work = Work(out)
     check_out(out, folder, overwrite or work.published)
     checkpoint = Checkpoint.open(folder)
-    model = skeleton(folder, _dtype(recipe.dtype, device, checkpoint), recipe.trust_remote_code)
+    model = skeleton(folder, dtype_of(recipe.dtype, device, checkpoint), recipe.trust_remote_code)
     blocks = find_blocks(model, recipe.prune.ignore, recipe.prune.blocks)
     for block in blocks:
         for info in block.infos:
@@ -164,13 +163,13 @@ def prepare(recipe: Recipe, out: Path, *, overwrite: bool, processes: Processes)
         for name, size in _summary(uncovered(blocks))
     ]
     predicted = memory.predict(
-        model, blocks,
-        bytes_per_value=model.dtype.itemsize,
-        stored_bytes_per_value=max(stored.dtype.itemsize for stored in checkpoint.tensors.values()),
+        model,
+        blocks,
+        checkpoint,
         grams=Gram in method.needs,
         tokens=sum(batch.samples for batch in batches) * calibration.length if method.needs else 0,
         batch_tokens=min(BATCH_TOKENS, calibration.samples * calibration.length),
-    )  # fmt: skip
+    )
     return Job(
         recipe, out, work, checkpoint, stream, method, allocation, calibration, batches, device, predicted,
         processes, warnings,
@@ -199,14 +198,19 @@ def check_out(out: Path, model: Path, overwrite: bool) -> None:
         raise RecipeError(f"OUT {out} cannot be written: {error.strerror}. Choose another place.") from None
 
 
-def _device(name: str) -> torch.device:
+def device_of(name: str) -> torch.device:
+    """The device of this name, checked to be there.
+
+    Raises:
+        RecipeError: this PyTorch has no such device.
+    """
     device = torch.device(name)
     if device.type == "cuda" and not torch.cuda.is_available():
         raise RecipeError("--device cuda was asked for, but this PyTorch finds no CUDA device. Use --device cpu.")
     return device
 
 
-def _dtype(name: str, device: torch.device, checkpoint: Checkpoint) -> torch.dtype:
+def dtype_of(name: str, device: torch.device, checkpoint: Checkpoint) -> torch.dtype:
     """The dtype to compute in. `auto`: float32 on CPUs, which is exact and mostly faster there; else as stored."""
     if name != "auto":
         return getattr(torch, name)

@@ -15,48 +15,51 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from torch import nn
+from transformers import PreTrainedModel
 
+from prunus.models.checkpoint import Checkpoint
+from prunus.models.skeleton import parameter_count
 from prunus.sites import Block
+
+# What the libraries load while they work, after the first look at the process; measured.
+LATER = 64 << 20
 
 
 def predict(
-    model: nn.Module, blocks: Sequence[Block], *, bytes_per_value: int, stored_bytes_per_value: int, grams: bool,
-    tokens: int, batch_tokens: int,
+    model: PreTrainedModel, blocks: Sequence[Block], checkpoint: Checkpoint, *, grams: bool, tokens: int, batch_tokens: int
 ) -> dict[str, int]:
     """The terms of the peak, in bytes.
 
     Args:
-        model: its parameters may be on the meta device.
+        model: in the dtype that blocks are computed in; its parameters may be on the meta device.
         blocks: all blocks, with their sites.
-        bytes_per_value: of the dtype that blocks are computed in.
-        stored_bytes_per_value: of the dtype on disk.
+        checkpoint: its files.
         grams: whether the method keeps an `[in, in]` matrix for every distinct input.
         tokens: all calibration tokens of this process.
         batch_tokens: tokens in one forward pass.
 
     Returns:
         `{"interpreter": …, "outside": …, "block": …, "statistics": …, "matrix": …, "hidden": …, "activations": …,
-        "peak": …}`; `peak` is the sum of `interpreter` and the larger of `outside` and all the others.
+        "peak": …}`; `peak` is `interpreter` + the larger of `outside` and the sum of all others.
     """
-    inside = {id(parameter) for block in blocks for parameter in block.module.parameters()}
-    outside = sum(p.numel() for p in {id(p): p for p in model.parameters()}.values() if id(p) not in inside)
-    values = max(sum(p.numel() for p in block.module.parameters()) for block in blocks)
-    largest = max(info.size for block in blocks for info in block.infos)
-    width = max((info.shape[1] for block in blocks for info in block.infos if info.shape[1] <= _hidden(model)), default=1)
+    computed = model.dtype.itemsize
+    stored = max(tensor.dtype.itemsize for tensor in checkpoint.tensors.values())
+    per_block = [sum(parameter.numel() for parameter in block.module.parameters()) for block in blocks]
+    infos = [info for block in blocks for info in block.infos]
     features = max(sum(sum(info.shape) for info in block.infos if ".experts." not in info.name) for block in blocks)
     terms = {
-        "outside": outside * bytes_per_value,
-        # The block itself, and its tensors once more while they are written.
-        "block": values * (bytes_per_value + stored_bytes_per_value),
+        # Read and converted, or read and written.
+        "outside": (parameter_count(model) - sum(per_block)) * (computed + stored),
+        "block": max(per_block) * (computed + stored),
         "statistics": max(_grams(block) for block in blocks) * 4 if grams else 0,
         # Scores, the copy that selection works on, and the mask.
-        "matrix": largest * 4 * 3,
+        "matrix": max(info.size for info in infos) * 4 * 3,
         # In front of the block, behind the dense block, behind the pruned block.
-        "hidden": 3 * tokens * width * bytes_per_value,
-        "activations": 2 * batch_tokens * features * bytes_per_value,
+        "hidden": 3 * tokens * _width(model) * computed,
+        # Of the inputs and outputs of all matrices of a block about half are alive at once.
+        "activations": batch_tokens * features * computed // 2,
     }
-    interpreter = current()
+    interpreter = current() + LATER
     together = sum(size for name, size in terms.items() if name != "outside")
     return {"interpreter": interpreter, **terms, "peak": interpreter + max(terms["outside"], together)}
 
@@ -96,9 +99,10 @@ def _read(file: str, field: str) -> int | None:
     return None
 
 
-def _hidden(model: nn.Module) -> int:
+def _width(model: PreTrainedModel) -> int:
+    """Size of the residual stream; transformers' configurations name it in one of three ways."""
     config = model.config.get_text_config()
-    return getattr(config, "hidden_size", None) or max(getattr(config, "d_model", 0), getattr(config, "n_embd", 0)) or 1
+    return next((size for name in ("hidden_size", "d_model", "n_embd") if (size := getattr(config, name, 0))), 1)
 
 
 def _grams(block: Block) -> int:

@@ -76,7 +76,7 @@ class Output:
             "result": result,
         }
         self.work.write("checkpoint/prunus.json", record)
-        (self.work.checkpoint / "README.md").write_text(model_card(dict(result)), encoding="utf-8")
+        (self.work.checkpoint / "README.md").write_text(model_card(dict(result), self.job.recipe.resolved()), encoding="utf-8")
 
     def _index(self) -> None:
         stored = [Checkpoint.of_shard(self.work.checkpoint / self._file(number)) for number in range(self.count)]

@@ -98,7 +98,7 @@ def _telling(item: Result) -> list[str]:
 
     Of a few random zeros some loose pattern such as 13:16 always holds; it says nothing.
     """
-    from prunus.inspect import EXPLAINED, tightest
+    from prunus.inspection import EXPLAINED, tightest
 
     def share(pattern: str) -> float:
         kept, group = map(int, pattern.split(":"))

@@ -34,7 +34,7 @@ def inspect(model: Model, matrices: Matrices = False, as_json: Json = False, qui
     """
     with working(quiet=quiet) as progress:
         from prunus import report
-        from prunus.inspect import inspect as look
+        from prunus.inspection import inspect as look
         from prunus.models.source import locate
 
         result = look(locate(model), progress=progress)

@@ -76,7 +76,7 @@ def _plan(model: str | None, out: str | None, as_json: bool, quiet: bool, option
         from prunus import report
 
         recipe = to_recipe({"model": model, "out": out, **options})
-        from prunus.plan import plan as foretell
+        from prunus.planning import plan as foretell
 
         result = foretell(recipe)
     show(result, report.plan_text, as_json=as_json)

@@ -34,6 +34,11 @@ def skeleton(folder: Path, dtype: torch.dtype = torch.float32, trust_remote_code
     return model.eval()
 
 
+def parameter_count(model: PreTrainedModel) -> int:
+    """Number of a model's weights, tied ones counted once."""
+    return sum(value.numel() for name, value in model.named_parameters() if name not in model.all_tied_weights_keys)
+
+
 def read_config(folder: Path, trust_remote_code: bool = False) -> PreTrainedConfig:
     """The configuration of a folder.
 

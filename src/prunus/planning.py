@@ -14,13 +14,11 @@ from transformers import PreTrainedModel
 
 from prunus import memory
 from prunus.allocations import Allocation
-from prunus.job import BATCH_TOKENS, check_out
-from prunus.job import _device as check_device
-from prunus.job import _dtype as compute_dtype
+from prunus.job import BATCH_TOKENS, check_out, device_of, dtype_of
 from prunus.methods.elementwise import Elementwise
 from prunus.models.checkpoint import Checkpoint
 from prunus.models.discover import find_blocks, uncovered
-from prunus.models.skeleton import skeleton
+from prunus.models.skeleton import parameter_count, skeleton
 from prunus.models.source import locate
 from prunus.recipe import Recipe
 from prunus.sites import Block, SiteInfo
@@ -49,17 +47,17 @@ def plan(recipe: Recipe) -> dict[str, Any]:
         PrunusError: whatever `prune` would refuse before its first block.
     """
     method, allocation = recipe.build()
-    device = check_device(recipe.device)
+    device = device_of(recipe.device)
     folder = locate(recipe.model, trust_remote_code=recipe.trust_remote_code)
     if recipe.out is not None:
         check_out(Path(recipe.out), folder, overwrite=True)
     checkpoint = Checkpoint.open(folder)
-    model = skeleton(folder, compute_dtype(recipe.dtype, device, checkpoint), recipe.trust_remote_code)
+    model = skeleton(folder, dtype_of(recipe.dtype, device, checkpoint), recipe.trust_remote_code)
     blocks = find_blocks(model, recipe.prune.ignore, recipe.prune.blocks)
     sites = [info for block in blocks for info in block.infos]
     for info in sites:
         method.pattern.check(info)
-    parameters = sum(parameter.numel() for parameter in model.parameters())
+    parameters = parameter_count(model)
     needs_data = bool(method.needs or allocation.needs)
     calibration = _calibration(recipe, model) if needs_data else None
     tokens = calibration["samples"] * calibration["length"] if calibration else 0
@@ -139,7 +137,7 @@ def _left_alone(model: PreTrainedModel, blocks: Sequence[Block], recipe: Recipe)
     kept = {info.name for block in blocks for info in block.infos}
     everything = find_blocks(model, (), recipe.prune.blocks) if recipe.prune.ignore else blocks
     return {
-        "outside": sum(parameter.numel() for parameter in model.parameters()) - inside,
+        "outside": parameter_count(model) - inside,
         "inside": inside - sum(info.size for block in blocks for info in block.infos),
         "ignored": [info.name for block in everything for info in block.infos if info.name not in kept],
         "uncovered": [(name, size) for name, size in uncovered(everything)],
@@ -153,8 +151,7 @@ def _memory(
     found = memory.predict(
         model,
         blocks,
-        bytes_per_value=model.dtype.itemsize,
-        stored_bytes_per_value=max(stored.dtype.itemsize for stored in checkpoint.tensors.values()),
+        checkpoint,
         grams=Gram in method.needs,
         tokens=tokens,
         batch_tokens=min(BATCH_TOKENS, tokens),
