@@ -48,7 +48,7 @@ def test_it_lies_between_magnitude_and_wanda(shown: ModuleType, power: float, sa
 
 def test_one_row_makes_it_an_option(shown: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(METRICS, "tempered", shown.Tempered())
-    assert "tempered" in {row["name"] for row in prunus.methods() if row["kind"] == "metric"}
+    assert "tempered" in {row["name"] for row in prunus.catalogue() if row["kind"] == "metric"}
     model = ROOT / "tests" / "assets" / "stories260k"
     options = {"method": "wanda", "metric": "tempered", "settings": {"metric.power": 0.7}, "samples": 4, "length": 64}
     result = prunus.prune(model, tmp_path / "out", **options)

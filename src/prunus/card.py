@@ -16,7 +16,7 @@ BODY = """
 # {title}
 
 {model} with {reached} of the weights of its transformer blocks set to zero ({share} of all parameters), made by
-[prunus](https://pypi.org/project/prunus/) {version}.
+prunus {version}.
 
 The zeros are stored like any other number: the files are as large as the dense model's, and stock runtimes compute
 as long. The checkpoint is for study, for recovery training, and for runtimes that make use of zeros.

@@ -17,6 +17,7 @@ import os
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
+from stat import S_IMODE
 from typing import Any
 
 from safetensors.torch import load_file, save_file
@@ -90,6 +91,8 @@ class Work:
         path = self.folder / name
         beside = path.with_name(f"{path.name}.partial")
         save_file(dict(tensors), beside, metadata={"format": "pt"})
+        # safetensors makes files that only their owner can read; the lock has the mode that the user's umask gives.
+        beside.chmod(S_IMODE((self.folder / "lock").stat().st_mode))
         with beside.open("rb+") as stream:
             os.fsync(stream.fileno())
         beside.replace(path)
