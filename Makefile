@@ -14,7 +14,7 @@ INSTALLED := $(VENV)/.installed
 MODEL := $(VENV)/.model
 OUT ?= demo-out
 
-.PHONY: demo test quick lint docs families clean
+.PHONY: demo test quick lint docs families example clean
 
 demo: $(MODEL)
 	@$(BIN)/prunus plan smollm2 $(OUT) --method sparsegpt --samples 32
@@ -29,7 +29,7 @@ quick: $(INSTALLED)
 lint: $(INSTALLED)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/pyright
+	$(BIN)/pyright --pythonpath $(BIN)/python
 
 docs: $(INSTALLED)
 	$(BIN)/python scripts/docs.py
@@ -37,6 +37,10 @@ docs: $(INSTALLED)
 # Prunes every tiny family and writes down what came out; `make docs` then renders it. Takes minutes.
 families: $(INSTALLED)
 	PRUNUS_FAMILIES=$(CURDIR)/docs/families.json $(BIN)/python -m pytest tests/test_families.py
+
+# Runs the commands of README.md's example and keeps what they print. Takes minutes.
+example: $(MODEL)
+	PATH="$(CURDIR)/$(BIN):$$PATH" scripts/example.sh > docs/example.txt
 
 clean:
 	rm -rf $(VENV) $(OUT) .$(OUT).prunus .pytest_cache .ruff_cache .hypothesis

@@ -61,10 +61,16 @@ def run(name: str, gold: Path, folder: Path) -> dict:
     options, stem, theirs, _ = CASES[name]
     out = folder / name
     pruned = prunus.prune(
-        "smollm2", out, calibration=str(gold / "calibration_16x512.npy"), samples=16, length=512, overwrite=True, **options
+        "smollm2",
+        out,
+        calibration=str(gold / "calibration_16x512.npy"),
+        samples=16,
+        length=512,
+        overwrite=True,
+        **options,
     )
     row = {"options": options, "sparsity": pruned["sparsity"], "seconds": pruned["seconds"]}
-    row |= {"peak_rss_bytes": pruned["peak_rss_bytes"], "versions": pruned["versions"], "threads": pruned["threads"]}
+    row |= {"versions": pruned["versions"], "threads": pruned["threads"]}
     if stem:
         row["masks"] = compare_masks(out, gold, stem)
     found = evaluate(str(out), text=str(gold / "wikitext2_test_ids.npy"), length=1024, indices=WINDOWS)
@@ -91,9 +97,10 @@ def main() -> None:
         rows[name] = run(name, arguments.gold, arguments.folder)
         row = rows[name]
         masks = row.get("masks", {})
+        equal = f"{masks.get('matrices_equal', '-')}/{masks.get('matrices', '-')}"
         print(
             f"{name:18s} perplexity {row['perplexity']:9.3f}  original {row['original'] or float('nan'):9.3f}  "
-            f"masks equal {masks.get('matrices_equal', '-')}/{masks.get('matrices', '-')} {masks.get('share_equal', '')}",
+            f"masks equal {equal}  {masks.get('share_equal', '')}",
             flush=True,
         )
         arguments.out.write_text(json.dumps(rows, indent=1) + "\n")

@@ -19,10 +19,19 @@ from results_table import choices, measured, methods, settings
 ROOT = Path(__file__).resolve().parent.parent
 MARKED = re.compile(r"(<!-- generated: (.+?) -->\n).*?(<!-- /generated -->)", re.DOTALL)
 
+
+
+def example() -> str:
+    """What the commands of README's example printed when `make example` last ran them."""
+    path = ROOT / "docs" / "example.txt"
+    return f"```console\n{path.read_text('utf-8').strip()}\n```" if path.is_file() else "*Not run yet: `make example`.*"
+
+
 # Name in a marker -> what renders it, given the other words of the marker.
 PARTS: dict[str, Callable[..., str]] = {
     "methods": methods,
     "choices": choices,
+    "example": example,
     "settings": settings,
     "measured": measured,
     "families": families,

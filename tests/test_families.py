@@ -12,9 +12,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from families import FAMILIES, save_tiny, tiny_inputs
 from safetensors.torch import load_file
 
+from families import FAMILIES, save_tiny, tiny_inputs
 from prunus.engine import prune
 from prunus.errors import ModelError
 from prunus.models.checkpoint import Checkpoint

@@ -5,10 +5,11 @@ import re
 import pytest
 import torch
 import transformers
-from families import EXCLUDED, FAMILIES, VOCABULARY, tiny_inputs, tiny_model
 from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+from families import EXCLUDED, FAMILIES, VOCABULARY, tiny_inputs, tiny_model
 
 TABLE_VERSION = "5.23"
 

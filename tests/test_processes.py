@@ -35,7 +35,18 @@ def test_masks_of_two_processes_equal_those_of_one(tmp_path: Path) -> None:
 
 def test_too_few_samples_for_the_processes_is_refused(tmp_path: Path) -> None:
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    command = [*launcher, "-m", "prunus", "prune", str(MODEL), str(tmp_path / "out"), "--samples", "4", "--length", "64"]
+    command = [
+        *launcher,
+        "-m",
+        "prunus",
+        "prune",
+        str(MODEL),
+        str(tmp_path / "out"),
+        "--samples",
+        "4",
+        "--length",
+        "64",
+    ]
     done = subprocess.run(command, check=False, capture_output=True, text=True)
     assert done.returncode != 0
     assert "2 processes need as many batches" in done.stderr

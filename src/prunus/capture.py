@@ -129,7 +129,9 @@ class Recorder:
     def _stored_once(self, value: Tensor) -> Tensor:
         """The same tensor, or an equal one seen before: rotary tables and masks repeat over blocks and batches."""
         for known in self.known:
-            if known is value or (known.shape == value.shape and known.dtype == value.dtype and torch.equal(known, value)):
+            if known is value or (
+                known.shape == value.shape and known.dtype == value.dtype and torch.equal(known, value)
+            ):
                 return known
         self.known.append(value)
         return value

@@ -25,7 +25,6 @@ from prunus.sites import Block
 from prunus.stream import Step
 from prunus.survey import Survey
 from prunus.verify import verify
-from prunus.work import Work
 
 
 def prune(
@@ -123,20 +122,26 @@ def _run(job: Job, restart: bool, progress: Progress, clock: Clock) -> dict[str,
         output.outside()
         logits = job.stream.logits(job.probe.inputs)
         result = _result(job, reports, clock)
-        if job.processes.rank == 0:
-            probe = output.probe(job.probe.inputs, logits)
     if job.processes.rank == 0:
-        progress.stage("verify", 1)
-        with clock("verify"):
-            result["verify"] = verify(
-                job.work.checkpoint, probe, job.dtype_name, str(job.device), job.recipe.trust_remote_code
-            )
-        progress.advance("reloaded in a fresh process")
-        result["seconds"] = clock.read()
-        result["peak_rss_bytes"] = memory.peak()
-        output.describe(result)
-        job.work.publish()
+        _publish(job, output, logits, result, progress, clock)
     return result
+
+
+def _publish(
+    job: Job, output: Output, logits: torch.Tensor, result: dict[str, Any], progress: Progress, clock: Clock
+) -> None:
+    """Reload what was written in a fresh process, complete the result, and let OUT appear."""
+    progress.stage("verify", 1)
+    with clock("verify"):
+        probe = output.probe(job.probe.inputs, logits)
+        result["verify"] = verify(
+            job.work.checkpoint, probe, job.dtype_name, str(job.device), job.recipe.trust_remote_code
+        )
+    progress.advance("reloaded in a fresh process")
+    result["seconds"] = clock.read()
+    result["peak_rss_bytes"] = memory.peak()
+    output.describe(result)
+    job.work.publish()
 
 
 def _budget(job: Job, progress: Progress) -> dict[str, float]:

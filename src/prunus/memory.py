@@ -26,7 +26,13 @@ LATER = 64 << 20
 
 
 def predict(
-    model: PreTrainedModel, blocks: Sequence[Block], checkpoint: Checkpoint, *, grams: bool, tokens: int, batch_tokens: int
+    model: PreTrainedModel,
+    blocks: Sequence[Block],
+    checkpoint: Checkpoint,
+    *,
+    grams: bool,
+    tokens: int,
+    batch_tokens: int,
 ) -> dict[str, int]:
     """The terms of the peak, in bytes.
 
@@ -78,7 +84,9 @@ def current() -> int:
 
 def peak() -> int:
     """Largest resident memory of this process so far, bytes."""
-    return _status("VmHWM") or resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    return _status("VmHWM") or resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (
+        1 if sys.platform == "darwin" else 1024
+    )
 
 
 def available() -> int:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -17,8 +16,11 @@ from prunus.models.checkpoint import INDEX, PICKLES, Checkpoint
 from prunus.sites import Block
 
 # Not carried over: weights in any form, and what is written anew.
-DROPPED = (*PICKLES, "*.safetensors", "*.gguf", "*.h5", "*.msgpack", "*.onnx", "*.index.json", "README.md", "prunus.json",
-           "evaluation.json")  # fmt: skip
+DROPPED = (
+    *PICKLES,
+    *("*.safetensors", "*.gguf", "*.h5", "*.msgpack", "*.onnx", "*.index.json"),
+    *("README.md", "prunus.json", "evaluation.json"),
+)
 
 
 class Output:
@@ -76,7 +78,9 @@ class Output:
             "result": result,
         }
         self.work.write("checkpoint/prunus.json", record)
-        (self.work.checkpoint / "README.md").write_text(model_card(dict(result), self.job.recipe.resolved()), encoding="utf-8")
+        (self.work.checkpoint / "README.md").write_text(
+            model_card(dict(result), self.job.recipe.resolved()), encoding="utf-8"
+        )
 
     def _index(self) -> None:
         stored = [Checkpoint.of_shard(self.work.checkpoint / self._file(number)) for number in range(self.count)]
@@ -96,7 +100,9 @@ class Output:
     def _groups(self, names: list[str]) -> list[list[str]]:
         """Tensors outside of blocks in shards no larger than the largest tensor or block, so that memory stays flat."""
         size = {name: self.weights.checkpoint.tensors[name].bytes for name in names}
-        per_block = [sum(self.weights.checkpoint.tensors[n].bytes for n in self.weights.sources(b)) for b in self.blocks]
+        per_block = [
+            sum(self.weights.checkpoint.tensors[n].bytes for n in self.weights.sources(b)) for b in self.blocks
+        ]
         limit = max([*size.values(), *per_block])
         groups: list[list[str]] = []
         for name in names:

@@ -103,9 +103,7 @@ class Stream:
         self.finals: dict[str, Tensor] = {}
         self.forms: dict[type, Any] = {}
 
-    def walk(
-        self, batches: list[Batch], needs: Needs, finished: Finished = lambda block: None
-    ) -> Iterator[Step]:
+    def walk(self, batches: list[Batch], needs: Needs, finished: Finished = lambda block: None) -> Iterator[Step]:
         """Yield every block, loaded and with its statistics; drop it afterwards.
 
         Args:
@@ -178,6 +176,7 @@ class Stream:
         with gatherer.watching():
             for batch in batches:
                 gatherer.begin(batch.samples)
+                assert batch.hidden is not None, "walk captures before it visits"
                 outputs.append(batch.calls[block.name](block.module, batch.hidden.to(self.device)).cpu())
         return outputs
 

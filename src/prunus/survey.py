@@ -48,7 +48,9 @@ class Survey:
             Block name → value, in model order.
         """
         values = {}
-        names = {block.name: f"survey/{self.passes}-{number}.safetensors" for number, block in enumerate(self._blocks())}
+        names = {
+            block.name: f"survey/{self.passes}-{number}.safetensors" for number, block in enumerate(self._blocks())
+        }
         for name, file in names.items():
             stored = self.work.read_tensors(file)
             if stored is not None:
@@ -69,7 +71,9 @@ class Survey:
             if step.block.slots:
                 self._keep(step.block.name, function(step.block.matrices(), step.stats), names, values)
 
-    def _weights_only(self, function: Measure, needs: Needs, names: Mapping[str, str], values: dict[str, Tensor]) -> None:
+    def _weights_only(
+        self, function: Measure, needs: Needs, names: Mapping[str, str], values: dict[str, Tensor]
+    ) -> None:
         weights = self.stream.weights
         for block in self._blocks():
             if block.name not in values:

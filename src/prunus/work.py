@@ -124,7 +124,9 @@ class Work:
             # Released by the system when the process ends, however it ends.
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
-            raise RecipeError(f"Another prunus process is writing {self.out}. Wait for it, or choose another OUT.") from None
+            raise RecipeError(
+                f"Another prunus process is writing {self.out}. Wait for it, or choose another OUT."
+            ) from None
 
     def _clear(self) -> None:
         for path in self.folder.iterdir():
@@ -150,7 +152,9 @@ def _differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
     one, other = _flat(before), _flat(now)
     names = sorted((name for name in one | other if one.get(name) != other.get(name)), key=lambda n: "recipe" not in n)
     words = [
-        f"{name} changed" if name.startswith(("model.", "calibration")) else f"{name}: {one.get(name)} → {other.get(name)}"
+        f"{name} changed"
+        if name.startswith(("model.", "calibration"))
+        else f"{name}: {one.get(name)} → {other.get(name)}"
         for name in names
     ]
     return "; ".join(words[:4]) + ("; …" if len(words) > 4 else "")

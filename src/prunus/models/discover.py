@@ -74,18 +74,19 @@ def _towers(model: nn.Module) -> Iterator[str]:
     found: list[str] = []
     for name, module in model.named_modules():
         inside = any(name.startswith(f"{tower}.") for tower in found)
-        if isinstance(module, nn.ModuleList) and len(module) and not inside:
-            if all(isinstance(item, GradientCheckpointingLayer) for item in module):
-                found.append(name)
+        items = list(module) if isinstance(module, nn.ModuleList) else []
+        if items and not inside and all(isinstance(item, GradientCheckpointingLayer) for item in items):
+            found.append(name)
     yield from found
 
 
 def _items(model: nn.Module, tower: str) -> Iterator[tuple[int, nn.Module]]:
     modules = dict(model.named_modules())
-    if not isinstance(modules.get(tower), nn.ModuleList):
+    layers = modules.get(tower)
+    if not isinstance(layers, nn.ModuleList):
         lists = [name for name, module in modules.items() if isinstance(module, nn.ModuleList)]
         raise RecipeError(f"--blocks {tower!r} is not a list of layers in this model.{near(tower, lists)}")
-    yield from enumerate(modules[tower])
+    yield from enumerate(layers)
 
 
 def _block(model: nn.Module, tower: str, index: int, module: nn.Module) -> Block:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -26,8 +27,8 @@ def is_experts(module: nn.Module) -> bool:
     return hasattr(module, "is_transposed") and hasattr(module, "has_gate") and isinstance(down, Tensor)
 
 
-def stacks(module: nn.Module, path: str, block: str) -> Iterator[Slot]:
-    """One slot per expert and matrix: `path.3.gate_up_proj`, `path.3.down_proj`, …"""
+def stacks(module: Any, path: str, block: str) -> Iterator[Slot]:
+    """One slot per expert and matrix, such as `path.3.gate_up_proj` and `path.3.down_proj`."""
     for attribute in (_first(module), "down_proj"):
         stack = getattr(module, attribute)
         rows, columns = tuple(stack.shape[1:])[:: -1 if module.is_transposed else 1]
@@ -50,7 +51,7 @@ def observing(module: nn.Module, observe: Observer) -> Iterator[None]:
         del module.forward
 
 
-def expert_loop(module: nn.Module, hidden: Tensor, index: Tensor, weights: Tensor, observe: Observer) -> Tensor:
+def expert_loop(module: Any, hidden: Tensor, index: Tensor, weights: Tensor, observe: Observer) -> Tensor:
     """The mixture as the plain loop over experts.
 
     Args:
@@ -81,11 +82,11 @@ def expert_loop(module: nn.Module, hidden: Tensor, index: Tensor, weights: Tenso
     return result
 
 
-def _first(module: nn.Module) -> str:
+def _first(module: Any) -> str:
     return "gate_up_proj" if module.has_gate else "up_proj"
 
 
-def _linear(module: nn.Module, attribute: str, expert: int, inputs: Tensor) -> Tensor:
+def _linear(module: Any, attribute: str, expert: int, inputs: Tensor) -> Tensor:
     weight = getattr(module, attribute)[expert]
     bias = getattr(module, f"{attribute}_bias")[expert] if module.has_bias else None
     return nn.functional.linear(inputs, weight.T if module.is_transposed else weight, bias)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -46,7 +47,7 @@ class Weights:
         self.model = model
         self.checkpoint = checkpoint
         self.device = device
-        self.mapping = get_model_conversion_mapping(model)
+        self.mapping: Any = get_model_conversion_mapping(model)
         self.targets, self.converted = _targets(model, checkpoint.tensors, self.mapping)
         self._refuse_missing()
 
@@ -113,7 +114,9 @@ class Weights:
         for name, value in self._reverted(prefix, changed).items():
             stored = tensors.get(name)
             if stored is None or stored.shape != value.shape:
-                raise ModelError(f"{prefix}: transformers' conversion gives {name}, which the checkpoint does not hold.")
+                raise ModelError(
+                    f"{prefix}: transformers' conversion gives {name}, which the checkpoint does not hold."
+                )
             tensors[name] = value.to(device="cpu", dtype=stored.dtype).contiguous()
         return tensors
 
@@ -179,9 +182,9 @@ def _targets(
 def _finite(tensors: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
     for name, tensor in tensors:
         # The sum of finite floats overflows only where single values are absurd; then the slow test decides.
-        if tensor.is_floating_point() and not torch.isfinite(tensor.sum(dtype=torch.float32)):
-            if not torch.isfinite(tensor.float()).all():
-                raise ModelError(f"{name}: holds NaN or infinite weights. Mend or replace the checkpoint.")
+        suspicious = tensor.is_floating_point() and not torch.isfinite(tensor.sum(dtype=torch.float32))
+        if suspicious and not torch.isfinite(tensor.float()).all():
+            raise ModelError(f"{name}: holds NaN or infinite weights. Mend or replace the checkpoint.")
         yield name, tensor
 
 

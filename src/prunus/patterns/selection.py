@@ -10,8 +10,11 @@ from torch import Tensor
 
 
 def count(numel: int, sparsity: float) -> int:
-    """⌊numel·sparsity + 1e-9⌋: how many go. The published codes truncate `int(100 * 0.29)` to 28; this gives 29."""
-    return math.floor(numel * sparsity + 1e-9)
+    """⌊numel·sparsity + 1e-9⌋: how many go. The published codes truncate `int(100 * 0.29)` to 28; this gives 29.
+
+    From some 10⁶ on the allowance grows with numel, since floats of that size are more than 1e-9 apart.
+    """
+    return math.floor(numel * sparsity + max(1e-9, 1e-15 * numel))
 
 
 def share(pruned: int, numel: int) -> float:
