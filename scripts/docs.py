@@ -20,7 +20,6 @@ ROOT = Path(__file__).resolve().parent.parent
 MARKED = re.compile(r"(<!-- generated: (.+?) -->\n).*?(<!-- /generated -->)", re.DOTALL)
 
 
-
 def example() -> str:
     """What the commands of README's example printed when `make example` last ran them."""
     path = ROOT / "docs" / "example.txt"

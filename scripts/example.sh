@@ -7,12 +7,12 @@ cd "$folder"
 export COLUMNS=100
 
 show() {
-    echo "\$ $*"
-    "$@" --quiet
+    echo "\$ $1"
+    bash -c "$1 --quiet"
     echo
 }
 
-show prunus prune smollm2 out --samples 16
-show prunus evaluate out --baseline smollm2 --windows 8 --sample "The capital of France is"
-show prunus inspect out | sed -e '10,$d'
+show "prunus prune smollm2 out --samples 16"
+show "prunus evaluate out --baseline smollm2 --windows 8 --sample 'The capital of France is'"
+show "prunus inspect out" | sed -e '10,$d'
 echo "  ..."
