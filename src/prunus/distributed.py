@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import Any
 
 import torch
@@ -33,7 +34,8 @@ class Processes:
         if int(os.environ.get("WORLD_SIZE", "1")) == 1:
             return cls()
         if not dist.is_initialized():
-            dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+            # Process 0 verifies alone while the others wait; for a large model that takes longer than the usual limit.
+            dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(days=7))
         return cls(dist.get_rank(), dist.get_world_size())
 
     def mine(self, items: list) -> list:

@@ -7,6 +7,7 @@ import platform
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryFile
 from typing import Any
 
 import accelerate
@@ -190,9 +191,8 @@ def check_out(out: Path, model: Path, overwrite: bool) -> None:
         raise RecipeError(f"OUT {out} exists. Choose another name, or add --overwrite to replace it.")
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
-        trial = out.parent / f".{out.name}.trial"
-        trial.touch()
-        trial.unlink()
+        with TemporaryFile(dir=out.parent):
+            pass
     except OSError as error:
         raise RecipeError(f"OUT {out} cannot be written: {error.strerror}. Choose another place.") from None
 
