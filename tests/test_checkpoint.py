@@ -104,6 +104,7 @@ def test_a_broken_checkpoint_is_refused(case: str, tmp_path: Path, capsys: pytes
     out = tmp_path / "out"
     out.mkdir()
     (out / "precious").write_text("old")
+    (out / "config.json").write_text("{}")
     options = ["--samples", "2", "--length", "32", "--overwrite", "--quiet"]
     assert main(["prune", str(tmp_path / "model"), str(out), *options]) == 2
     said = capsys.readouterr()
@@ -145,3 +146,31 @@ def test_two_runs_do_not_share_an_output(tmp_path: Path, capsys: pytest.CaptureF
     assert main(["prune", str(MODEL), str(tmp_path / "out"), "--samples", "2", "--length", "32", "--quiet"]) == 2
     assert "Another prunus process" in capsys.readouterr().err
     first.close(remove=True)
+
+
+def test_a_folder_without_a_model_is_never_replaced(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    out = tmp_path / "documents"
+    out.mkdir()
+    (out / "thesis.txt").write_text("years of work")
+    assert main(["prune", str(MODEL), str(out), "--overwrite"]) == 2
+    assert "holds files but no model" in capsys.readouterr().err
+    assert (out / "thesis.txt").exists()
+
+
+def test_kept_weights_keep_all_bits_when_computed_in_a_narrower_dtype(tmp_path: Path) -> None:
+    options = ["--dtype", "bfloat16", "--samples", "4", "--length", "64", "--quiet"]
+    assert main(["prune", str(MODEL), str(tmp_path / "out"), *options]) == 0
+    dense = load_file(MODEL / "model.safetensors")
+    for file in (tmp_path / "out").glob("*.safetensors"):
+        for name, tensor in load_file(file).items():
+            kept = tensor != 0
+            assert torch.equal(tensor[kept], dense[name][kept]), name
+
+
+def test_out_may_be_written_as_a_relative_or_roundabout_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    options = ["--samples", "2", "--length", "32", "--quiet"]
+    assert main(["prune", str(MODEL), "sub/../made here/", *options]) == 0
+    assert (tmp_path / "here" / "made here" / "prunus.json").exists()
+    assert [path.name for path in (tmp_path / "here").iterdir()] == ["made here"]

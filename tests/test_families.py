@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -15,11 +16,14 @@ import torch
 from safetensors.torch import load_file
 
 from families import FAMILIES, save_tiny, tiny_inputs
+from prunus.distributed import Processes
 from prunus.engine import prune
 from prunus.errors import ModelError
+from prunus.job import prepare
 from prunus.models.checkpoint import Checkpoint
 from prunus.models.weights import Weights
 from prunus.recipe import Recipe
+from prunus.statistics import InputNorm
 from prunus.verify import TOLERANCE, compare
 
 # Families that pass state between blocks, share weights between them, or have no list of blocks: refused with a
@@ -156,6 +160,50 @@ def test_a_model_that_does_not_fit_is_verified_from_disk(family: str, tmp_path: 
     whole = compare(tmp_path / "dense", tmp_path / "probe", "float32", "cpu", False)
     offloaded = compare(tmp_path / "dense", tmp_path / "probe", "float32", "cpu", False, memory=30_000)
     assert offloaded["max_difference"] == pytest.approx(whole["max_difference"], rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    "family",
+    ["llama", "gpt2", "gemma3_text", "bloom", "falcon", "opt", "phi3", "gpt_neox", "qwen3_moe", "rwkv", "clip"],
+)
+def test_statistics_are_those_that_hooks_on_the_stock_model_see(family: str, tmp_path: Path) -> None:
+    """An oracle that shares nothing with the stream: the resident stock model, plain hooks, one sum per matrix."""
+    save_tiny(FAMILIES[family], tmp_path / "dense")
+    inputs = tiny_inputs(FAMILIES[family], samples=4, length=32)
+    job = prepare(recipe_for(tmp_path, family), tmp_path / "out", overwrite=False, processes=Processes(), warnings=[])
+    ours = {
+        name: stats[InputNorm].mean_square
+        for step in job.stream.walk(job.batches, frozenset({InputNorm}))
+        for name, stats in step.stats.items()
+    }
+    stock = type(job.stream.model).from_pretrained(tmp_path / "dense").eval()
+    theirs: dict[str, torch.Tensor] = {}
+
+    def watch(name: str) -> Callable:
+        def hook(module: torch.nn.Module, args: tuple) -> None:
+            flat = args[0].detach().reshape(-1, args[0].shape[-1])
+            theirs[name] = theirs.get(name, 0) + flat.square().sum(0)
+
+        return hook
+
+    for name, module in stock.named_modules():
+        if name in ours:
+            module.register_forward_pre_hook(watch(name))
+    with torch.no_grad():
+        stock(**inputs, **({} if family == "clip" else {"use_cache": False}))
+    assert theirs.keys() <= ours.keys()
+    assert len(theirs) > 5
+    for name, total in theirs.items():
+        torch.testing.assert_close(ours[name], total / 4, rtol=1e-4, atol=1e-6)
+
+
+def test_matrices_that_the_text_never_reaches_stay_dense(tmp_path: Path, in_process: None) -> None:
+    save_tiny(FAMILIES["mamba"], tmp_path / "dense")
+    result = prune(recipe_for(tmp_path, "mamba"), tmp_path / "out")
+    idle = [name for block in result["blocks"] for name in block["idle"]]
+    assert idle
+    assert all(name.endswith("dt_proj") for name in idle)
+    assert any("never called" in warning for warning in result["warnings"])
 
 
 def test_all_shards_of_a_result_are_whole(tmp_path: Path, in_process: None) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -26,9 +27,20 @@ def dying_rename(self, target):
     return rename(self, target)
 
 def dying_remove(path, *args, **kwargs):
-    if limit < 0:
+    if limit == -1:
+        os.kill(os.getpid(), signal.SIGKILL)
+    if limit == -2:
+        remove(pathlib.Path(path) / "survey")
         os.kill(os.getpid(), signal.SIGKILL)
     return remove(path, *args, **kwargs)
+
+unlink = pathlib.Path.unlink
+def dying_unlink(self, missing_ok=False):
+    if limit == -3 and self.name == "run.json":
+        os.kill(os.getpid(), signal.SIGKILL)
+    return unlink(self, missing_ok=missing_ok)
+
+pathlib.Path.unlink = dying_unlink
 
 pathlib.Path.replace, shutil.rmtree = dying_rename, dying_remove
 from prunus.cli import main
@@ -75,13 +87,23 @@ def test_a_killed_run_ends_with_the_same_bytes(point: float, whole: tuple[Path, 
 
 def test_a_run_killed_after_publishing_is_finished(whole: tuple[Path, int], tmp_path: Path) -> None:
     out = tmp_path / "out"
-    assert run(out, limit=-1).returncode == -9
+    assert run(out, limit=-3).returncode == -9
     assert out.exists()
     again = run(out)
     assert again.returncode == 0, again.stderr
     assert json.loads(again.stdout)["sparsity"]["reached"] == pytest.approx(0.6, abs=1e-3)
     assert digests(out) == digests(whole[0])
     assert not list(tmp_path.glob(".out*"))
+
+
+@pytest.mark.parametrize("limit", [-1, -2])
+def test_what_a_half_removed_work_folder_holds_is_not_used(limit: int, whole: tuple[Path, int], tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    assert run(out, limit=limit).returncode == -9
+    shutil.rmtree(out)
+    again = run(out, 0, "--seed", "1")
+    assert again.returncode == 0, again.stderr
+    assert json.loads(again.stdout)["resumed_blocks"] == 0
 
 
 def test_later_blocks_are_not_pruned_twice(whole: tuple[Path, int], tmp_path: Path) -> None:
@@ -107,6 +129,7 @@ def test_an_old_folder_survives_a_kill_at_any_rename(whole: tuple[Path, int], tm
     out = tmp_path / "out"
     out.mkdir()
     (out / "precious").write_text("old")
+    (out / "config.json").write_text("{}")
     # One rename more than without an old folder: the old one steps aside just before the new one takes its place.
     for limit in (renames // 2, renames, renames + 1):
         assert run(out, limit, "--overwrite", "--restart").returncode == -9

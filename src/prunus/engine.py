@@ -8,6 +8,7 @@ import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -47,15 +48,18 @@ def prune(
     """
     progress = progress or Silent()
     clock = Clock()
-    with clock("prepare"):
-        processes = Processes.join(torch.device(recipe.device))
-        job = prepare(recipe, Path(out), overwrite=overwrite, processes=processes)
+    processes = Processes.join(recipe.device)
+    warnings: list[str] = []
+    job = None
     try:
-        with _collecting(job.warnings):
-            result = _published(job, restart, overwrite) or _run(job, restart, progress, clock)
+        with _collecting(warnings):
+            with clock("prepare"):
+                job = prepare(recipe, Path(out).resolve(), overwrite=overwrite, processes=processes, warnings=warnings)
+            result = _published(job, restart) or _run(job, restart, progress, clock)
     finally:
         progress.close()
-        job.work.close()
+        if job is not None:
+            job.work.close()
     processes.leave()
     return result
 
@@ -93,24 +97,25 @@ class Clock:
         return {"total": time.monotonic() - self.started, **self.seconds}
 
 
-def _published(job: Job, restart: bool, overwrite: bool) -> dict[str, Any] | None:
+def _published(job: Job, restart: bool) -> dict[str, Any] | None:
     """The result of the same run, if it was killed between OUT's appearance and the removal of its work folder."""
-    if not job.processes.agree(job.work.published):
-        return None
-    same = job.work.read("run.json") == job.fingerprint
-    if job.processes.rank == 0:
+
+    def finish() -> dict[str, Any] | None:
+        if not job.work.published:
+            return None
+        same = job.work.read("published.json") == job.fingerprint
         job.work.close(remove=True)
-    if same and not restart:
-        return json.loads((job.out / "prunus.json").read_text(encoding="utf-8"))["result"]
-    check_out(job.out, job.checkpoint.folder, overwrite)
-    return None
+        if same and not restart:
+            return json.loads((job.out / "prunus.json").read_text(encoding="utf-8"))["result"]
+        check_out(job.out, job.checkpoint.folder, job.overwrite)
+        return None
+
+    return job.processes.on_first(finish)
 
 
 def _run(job: Job, restart: bool, progress: Progress, clock: Clock) -> dict[str, Any]:
     """Everything after the checks."""
-    if job.processes.rank == 0:
-        job.begin(restart)
-    job.processes.agree(None)
+    job.processes.on_first(lambda: job.begin(restart))
     for text in job.warnings:
         progress.warn(text)
     output = Output(job)
@@ -119,17 +124,14 @@ def _run(job: Job, restart: bool, progress: Progress, clock: Clock) -> dict[str,
     with clock("prune"):
         reports = _blocks(job, output, budget, progress)
     with clock("finish"):
-        output.outside()
+        job.processes.on_first(output.outside)
         logits = job.stream.logits(job.probe.inputs)
-        result = _result(job, reports, clock)
-    if job.processes.rank == 0:
-        _publish(job, output, logits, result, progress, clock)
-    return result
+    return job.processes.on_first(lambda: _publish(job, output, logits, _result(job, reports, clock), progress, clock))
 
 
 def _publish(
     job: Job, output: Output, logits: torch.Tensor, result: dict[str, Any], progress: Progress, clock: Clock
-) -> None:
+) -> dict[str, Any]:
     """Reload what was written in a fresh process, complete the result, and let OUT appear."""
     progress.stage("verify", 1)
     with clock("verify"):
@@ -141,7 +143,8 @@ def _publish(
     result["seconds"] = clock.read()
     result["peak_rss_bytes"] = memory.peak()
     output.describe(result)
-    job.work.publish()
+    job.work.publish(job.overwrite)
+    return result
 
 
 def _budget(job: Job, progress: Progress) -> dict[str, float]:
@@ -152,8 +155,7 @@ def _budget(job: Job, progress: Progress) -> dict[str, float]:
         sizes = {info.name: info.size for info in survey.sites}
         divided = job.allocation.divide(survey, job.recipe.prune.sparsity)
         stored = job.method.pattern.settle(divided, sizes, job.recipe.prune.sparsity)
-        if job.processes.rank == 0:
-            job.work.write("budget.json", stored)
+        job.processes.on_first(partial(job.work.write, "budget.json", stored))
     return stored
 
 
@@ -173,9 +175,7 @@ def _blocks(job: Job, output: Output, budget: Mapping[str, float], progress: Pro
         begun = time.monotonic()
         report = _block(job, step, budget)
         report["seconds"] = time.monotonic() - begun
-        if job.processes.rank == 0:
-            output.block(step.block, report)
-        job.processes.agree(None)
+        job.processes.on_first(partial(output.block, step.block, report))
         reports[step.block.name] = report
         progress.advance(step.block.name, error=report["error"])
     return [report for block in job.stream.blocks if (report := reports[block.name])]
@@ -183,8 +183,11 @@ def _blocks(job: Job, output: Output, budget: Mapping[str, float], progress: Pro
 
 def _block(job: Job, step: Step, budget: Mapping[str, float]) -> dict[str, Any]:
     """Prune the matrices of one block and run it again; returns its report."""
-    matrices = []
+    matrices, idle = [], []
     for slot, matrix in zip(step.block.slots, step.block.matrices(), strict=True):
+        if step.stats[matrix.name].unseen and slot.expert is None:
+            idle.append(matrix.name)  # never called with the text: nothing is known about it
+            continue
         edit = job.method.prune(matrix, step.stats[matrix.name], budget[matrix.name])
         apply(matrix, edit, job.stream.weights.dtype(slot.parameter))
         zeros = matrix.weight.numel() - int(matrix.weight.count_nonzero())
@@ -200,6 +203,7 @@ def _block(job: Job, step: Step, budget: Mapping[str, float]) -> dict[str, Any]:
         "wanted": sum(budget[info.name] * info.size for info in step.block.infos) / size if size else 0.0,
         "error": step.propagate(),
         "matrices": matrices,
+        "idle": idle,
     }
 
 
@@ -208,6 +212,11 @@ def _result(job: Job, reports: list[dict[str, Any]], clock: Clock) -> dict[str, 
     matrices = [matrix for report in reports for matrix in report["matrices"]]
     size = sum(matrix["shape"][0] * matrix["shape"][1] for matrix in matrices)
     zeros = sum(matrix["zeros"] for matrix in matrices)
+    idle = [name for report in reports for name in report["idle"]]
+    if idle:
+        job.warnings.append(
+            f"{len(idle)} matrices were never called with the calibration text and stay dense, such as {idle[0]}."
+        )
     unseen = sum(matrix["unseen"] for matrix in matrices)
     if unseen and job.method.needs:
         job.warnings.append(
@@ -219,7 +228,7 @@ def _result(job: Job, reports: list[dict[str, Any]], clock: Clock) -> dict[str, 
         job.warnings.append(f"{tower} did not run on the calibration inputs and stays dense.")
     part = job.recipe.prune
     dense = job.checkpoint.bytes
-    written = Checkpoint.open(job.work.checkpoint).bytes if job.processes.rank == 0 else dense
+    written = Checkpoint.open(job.work.checkpoint).bytes
     return {
         "model": job.recipe.model,
         "out": str(job.out),
@@ -238,6 +247,7 @@ def _result(job: Job, reports: list[dict[str, Any]], clock: Clock) -> dict[str, 
         "peak_rss_bytes": memory.peak(),
         "predicted_peak_bytes": job.predicted["peak"],
         "size": {"dense_bytes": dense, "out_bytes": written},
+        "architecture": type(job.stream.model).__name__,
         "device": str(job.device),
         "dtype": job.dtype_name,
         "threads": torch.get_num_threads(),

@@ -30,6 +30,7 @@ class Gatherer:
         self.leaders: dict[str, str] = {}
         self.stats: dict[str, SiteStats] = {}
         self.samples = 0
+        self.counted: set[str] = set()
         self.seen: dict[tuple[int, int], tuple[Tensor, str]] = {}
 
     @contextmanager
@@ -49,6 +50,7 @@ class Gatherer:
         """Announce the next batch of so many calibration samples; with 0 it is run but not counted."""
         self.samples = samples
         self.seen.clear()
+        self.counted.clear()
 
     def finish(self, processes: Processes) -> dict[str, SiteStats]:
         """The statistics of every matrix, added up over all processes.
@@ -87,8 +89,11 @@ class Gatherer:
         if leader != name:
             return
         flat = inputs.reshape(-1, inputs.shape[-1])
+        # A matrix that is called twice for a batch still sees the same samples.
+        samples = 0 if name in self.counted else self.samples
+        self.counted.add(name)
         for statistic in self._own(name):
-            statistic.update(flat, self.samples)
+            statistic.update(flat, samples)
 
     def _own(self, name: str) -> list[Statistic]:
         """The accumulators of a matrix that has its own, made when first asked for."""

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import os
 import platform
 import shutil
+from collections import Counter
 from dataclasses import dataclass
+from hashlib import sha256
 from pathlib import Path
-from tempfile import TemporaryFile
 from typing import Any
 
 import accelerate
@@ -21,8 +23,9 @@ from prunus import __version__, memory
 from prunus.allocations import Allocation
 from prunus.data.calibration import Calibration, calibrate
 from prunus.data.tokens import folder_positions
-from prunus.distributed import Processes
+from prunus.distributed import Processes, local_device
 from prunus.errors import CalibrationError, RecipeError
+from prunus.evaluation.loading import check_device
 from prunus.methods.elementwise import Elementwise
 from prunus.models.checkpoint import Checkpoint
 from prunus.models.discover import find_blocks, uncovered
@@ -48,6 +51,7 @@ class Job:
     Attributes:
         recipe: what was asked.
         out: where the result goes.
+        overwrite: whether it may replace what is there.
         work: the unfinished state beside it.
         checkpoint: the dense model's files.
         stream: the model and its blocks.
@@ -64,6 +68,7 @@ class Job:
 
     recipe: Recipe
     out: Path
+    overwrite: bool
     work: Work
     checkpoint: Checkpoint
     stream: Stream
@@ -120,13 +125,18 @@ class Job:
             "recipe": json.loads(json.dumps(recipe)),
             "model": self.checkpoint.identity,
             "calibration": self.calibration.sha256,
+            "files": named_files(self.recipe),
             "versions": versions,
             # The order of summation, and with it the last bits, depends on these.
             "device": self.device.type, "threads": torch.get_num_threads(), "processes": self.processes.world,
         }  # fmt: skip
 
     def begin(self, restart: bool) -> None:
-        """Take the work folder, see that the disk is large enough, and say what is continued."""
+        """Take the work folder and see that the disk is large enough.
+
+        Raises:
+            RecipeError: the disk is too small, the folder is taken, or it holds another unfinished run.
+        """
         continued = self.work.begin(self.fingerprint, restart)
         need = int(self.checkpoint.bytes * 1.02) - sum(file.stat().st_size for file in self.work.checkpoint.iterdir())
         free = shutil.disk_usage(self.work.folder).free
@@ -138,14 +148,37 @@ class Job:
             )
 
 
-def prepare(recipe: Recipe, out: Path, *, overwrite: bool, processes: Processes) -> Job:
+def named_files(recipe: Recipe) -> dict[str, str]:
+    """Setting → sha256 of the file that it names, such as a map of sparsities."""
+    named = {key: Path(value) for key, value in recipe.prune.settings.items() if isinstance(value, str)}
+    return {key: sha256(path.read_bytes()).hexdigest() for key, path in named.items() if path.is_file()}
+
+
+def identity(recipe: Recipe, folder: Path) -> dict[str, Any]:
+    """What a result depends on besides its recipe, found without building the model.
+
+    Returns:
+        `model`, `calibration` and `files`, each as in a fingerprint.
+    """
+    found = _calibration(recipe, folder, None)
+    return {"model": Checkpoint.open(folder).identity, "calibration": found.sha256, "files": named_files(recipe)}
+
+
+def prepare(recipe: Recipe, out: Path, *, overwrite: bool, processes: Processes, warnings: list[str]) -> Job:
     """Check everything that can be checked before the first block is loaded.
+
+    Args:
+        recipe: what was asked.
+        out: absolute path of the folder to make.
+        overwrite: whether it may replace another.
+        processes: this process among its peers.
+        warnings: receives what the user should know.
 
     Raises:
         PrunusError: something about the recipe, the model, the text or the output does not do.
     """
     method, allocation = recipe.build()
-    device = device_of(recipe.device)
+    device = check_device(str(local_device(recipe.device)))
     folder = locate(recipe.model, trust_remote_code=recipe.trust_remote_code)
     work = Work(out)
     check_out(out, folder, overwrite or work.published)
@@ -158,20 +191,20 @@ def prepare(recipe: Recipe, out: Path, *, overwrite: bool, processes: Processes)
     calibration = _calibration(recipe, folder, model)
     batches = _batches(calibration, processes)
     stream = Stream(model, Weights(model, checkpoint, device), blocks, processes)
-    warnings = [
+    warnings.extend(
         f"{name} ({size:,} weights) is not linear in a way that prunus knows and stays dense."
         for name, size in _summary(uncovered(blocks))
-    ]
+    )
     predicted = memory.predict(
         model,
         blocks,
         checkpoint,
         grams=Gram in method.needs,
-        tokens=sum(batch.samples for batch in batches) * calibration.length if method.needs else 0,
+        tokens=sum(batch.samples for batch in batches) * calibration.length if method.needs | allocation.needs else 0,
         batch_tokens=min(BATCH_TOKENS, calibration.samples * calibration.length),
     )
     return Job(
-        recipe, out, work, checkpoint, stream, method, allocation, calibration, batches, device, predicted,
+        recipe, out, overwrite, work, checkpoint, stream, method, allocation, calibration, batches, device, predicted,
         processes, warnings,
     )  # fmt: skip
 
@@ -185,28 +218,18 @@ def check_out(out: Path, model: Path, overwrite: bool) -> None:
     place, source = out.resolve(), model.resolve()
     if place == source or source in place.parents or place in source.parents:
         raise RecipeError(f"OUT {out} is, holds or lies inside the model's folder {model}; choose another place.")
+    if place == Path(place.root) or os.path.ismount(place):
+        raise RecipeError(f"OUT {out} is a mount point, which cannot be replaced as a whole; name a folder inside it.")
     if out.exists() and not out.is_dir():
         raise RecipeError(f"OUT {out} is a file; choose another name.")
     if out.exists() and not overwrite:
         raise RecipeError(f"OUT {out} exists. Choose another name, or add --overwrite to replace it.")
-    try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        with TemporaryFile(dir=out.parent):
-            pass
-    except OSError as error:
-        raise RecipeError(f"OUT {out} cannot be written: {error.strerror}. Choose another place.") from None
-
-
-def device_of(name: str) -> torch.device:
-    """The device of this name, checked to be there.
-
-    Raises:
-        RecipeError: this PyTorch has no such device.
-    """
-    device = torch.device(name)
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise RecipeError("--device cuda was asked for, but this PyTorch finds no CUDA device. Use --device cpu.")
-    return device
+    model_like = any((out / name).is_file() for name in ("config.json", "prunus.json"))
+    if out.exists() and any(out.iterdir()) and not model_like:
+        raise RecipeError(f"OUT {out} holds files but no model; --overwrite replaces models only. Choose another name.")
+    ancestor = next(folder for folder in place.parents if folder.exists())
+    if not ancestor.is_dir() or not os.access(ancestor, os.W_OK | os.X_OK):
+        raise RecipeError(f"OUT {out} cannot be written: {ancestor} is no writable folder. Choose another place.")
 
 
 def dtype_of(name: str, device: torch.device, checkpoint: Checkpoint) -> torch.dtype:
@@ -215,19 +238,21 @@ def dtype_of(name: str, device: torch.device, checkpoint: Checkpoint) -> torch.d
         return getattr(torch, name)
     if device.type == "cpu":
         return torch.float32
-    floats = [stored.dtype for stored in checkpoint.tensors.values() if stored.dtype.is_floating_point]
-    return max(set(floats), key=floats.count, default=torch.float32)
+    size: Counter[torch.dtype] = Counter()
+    for stored in checkpoint.tensors.values():
+        size[stored.dtype] += stored.bytes if stored.dtype.is_floating_point else 0
+    return size.most_common(1)[0][0]
 
 
-def _calibration(recipe: Recipe, folder: Path, model: PreTrainedModel) -> Calibration:
+def _calibration(recipe: Recipe, folder: Path, model: PreTrainedModel | None) -> Calibration:
     part = recipe.calibration
-    text = model.config.get_text_config()
+    text = model.config.get_text_config() if model is not None else None
     found = calibrate(
         part.source, folder, samples=part.samples, length=part.length, seed=part.seed, bos=part.bos,
         vocabulary=getattr(text, "vocab_size", None), limit=folder_positions(folder),
     )  # fmt: skip
-    wanted = model.main_input_name
-    if wanted not in found.inputs and "input_ids" not in found.inputs:
+    wanted = model.main_input_name if model is not None else "input_ids"
+    if model is not None and wanted not in found.inputs and "input_ids" not in found.inputs:
         raise CalibrationError(f"{part.source} has no {wanted!r}, which {type(model).__name__} needs.")
     return found
 
@@ -235,7 +260,8 @@ def _calibration(recipe: Recipe, folder: Path, model: PreTrainedModel) -> Calibr
 def _batches(calibration: Calibration, processes: Processes) -> list[Batch]:
     """This process's share of the samples in batches, and the probe."""
     inputs = calibration.inputs
-    rows = max(1, BATCH_TOKENS // max(calibration.length, 1))
+    # Without token ids (images alone) the tokens of a sample are not known yet: one sample at a time.
+    rows = max(1, BATCH_TOKENS // calibration.length) if calibration.length else 1
     starts = list(range(0, calibration.samples, rows))
     if len(starts) < processes.world:
         raise CalibrationError(

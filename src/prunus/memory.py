@@ -90,8 +90,12 @@ def peak() -> int:
 
 
 def available() -> int:
-    """Memory that this machine can still give, bytes; the whole of it where the system does not say."""
-    return _read("/proc/meminfo", "MemAvailable") or os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    """Memory that this machine, or the container on it, can still give; the whole where the system does not say."""
+    whole = _read("/proc/meminfo", "MemAvailable") or os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    limit, used = (Path("/sys/fs/cgroup") / name for name in ("memory.max", "memory.current"))
+    if limit.is_file() and used.is_file() and limit.read_text().strip().isdigit():
+        whole = min(whole, max(int(limit.read_text()) - int(used.read_text()), 0))
+    return whole
 
 
 def _status(field: str) -> int | None:

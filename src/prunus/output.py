@@ -51,8 +51,6 @@ class Output:
 
     def outside(self) -> None:
         """Copy what lies outside of blocks, and blocks that the calibration never reached, as it was."""
-        if self.job.processes.rank:
-            return
         for number, names in enumerate(self.rest, start=len(self.blocks)):
             self.work.write_tensors(f"checkpoint/{self._file(number)}", dict(self.weights.checkpoint.read(names)))
         for block in self.job.stream.blocks:

@@ -14,7 +14,8 @@ from transformers import PreTrainedModel
 
 from prunus import memory
 from prunus.allocations import Allocation
-from prunus.job import BATCH_TOKENS, check_out, device_of, dtype_of
+from prunus.evaluation.loading import check_device
+from prunus.job import BATCH_TOKENS, check_out, dtype_of
 from prunus.methods.elementwise import Elementwise
 from prunus.models.checkpoint import Checkpoint
 from prunus.models.discover import find_blocks, uncovered
@@ -47,7 +48,7 @@ def plan(recipe: Recipe) -> dict[str, Any]:
         PrunusError: whatever `prune` would refuse before its first block.
     """
     method, allocation = recipe.build()
-    device = device_of(recipe.device)
+    device = check_device(recipe.device)
     folder = locate(recipe.model, trust_remote_code=recipe.trust_remote_code)
     if recipe.out is not None:
         check_out(Path(recipe.out), folder, overwrite=True)

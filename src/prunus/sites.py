@@ -79,6 +79,7 @@ class Block:
         index: position in its tower.
         module: the layer itself; its parameters are on the meta device while it is not loaded.
         slots: where its prunable matrices lie, in module order.
+        ignored: parameters of matrices that were left out on purpose.
     """
 
     name: str
@@ -86,6 +87,7 @@ class Block:
     index: int
     module: nn.Module
     slots: list[Slot] = field(default_factory=list)
+    ignored: set[str] = field(default_factory=set)
 
     @property
     def infos(self) -> list[SiteInfo]:

@@ -6,6 +6,7 @@ whatever the depth of the model.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -71,11 +72,19 @@ class Step:
 
         Returns:
             The relative squared error of the outputs, `‖new − old‖² / ‖old‖²`, over this process's batches.
+
+        Raises:
+            ModelError: the outputs overflow the dtype.
         """
         self.outputs = self.rerun()
         # float32 sums per batch, added as Python floats (float64).
         lost = sum(float((new - old).float().square().sum()) for new, old in zip(self.outputs, self.dense, strict=True))
         total = sum(float(old.float().square().sum()) for old in self.dense)
+        if not math.isfinite(lost + total):
+            raise ModelError(
+                f"The outputs of {self.block.name} are not finite in {self.outputs[0].dtype}. "
+                "Use --dtype float32 or bfloat16."
+            )
         return lost / total if total else 0.0
 
 
@@ -135,7 +144,7 @@ class Stream:
         Returns:
             Logits (or the first output of a model without them), float32 on the CPU.
         """
-        self.weights.load(self.weights.outside(block.name for block in self.blocks))
+        self.weights.load(self.weights.known(self.weights.outside(block.name for block in self.blocks)))
         self.model.tie_weights()
         walked = [block for block in self.blocks if block.tower in self.finals]
         with replaced({block.module: self._passing(block, walked) for block in walked}):
@@ -229,7 +238,7 @@ class Stream:
         if self.model.base_model is not self.model:
             prefix = f"{self.model.base_model_prefix}."
             names = [name for name in names if self.weights.targets[name][0].startswith(prefix)]
-        self.weights.load(names)
+        self.weights.load(self.weights.known(names))
         self.model.tie_weights()
 
     def _call(self, module: torch.nn.Module, inputs: Inputs) -> Any:

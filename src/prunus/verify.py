@@ -2,7 +2,7 @@
 
     python -m prunus.verify FOLDER PROBE
 
-prints one JSON object. The process imports nothing of prunus but this file's helpers, so it loads as a user would.
+prints one JSON object. The model is built and loaded by transformers alone, as a user would.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from prunus.errors import FormatError
-from prunus.memory import available
+from prunus.memory import available, peak
 
 # Largest difference of logits over their largest size. float32: another order of summation in fused experts.
 TOLERANCE = {"float32": 1e-4, "bfloat16": 5e-2, "float16": 1e-2}
@@ -91,6 +91,7 @@ def compare(
         "relative_difference": difference / max(float(expected.abs().max()), 1e-30),
         "missing": sorted(info["missing_keys"]),
         "unexpected": sorted(info["unexpected_keys"]),
+        "peak_rss_bytes": peak(),
     }
 
 

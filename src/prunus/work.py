@@ -5,6 +5,7 @@
     run.json        what is being done (the fingerprint)
     survey/         what an allocation has measured, block by block
     budget.json     the sparsity of every site
+    published.json  written just before OUT appears
     done/           one report per finished block, written after its shard
     checkpoint/     what becomes OUT
 """
@@ -45,7 +46,7 @@ class Work:
     @property
     def published(self) -> bool:
         """True if an earlier run was killed after OUT appeared and before its work folder was removed."""
-        return self.out.exists() and (self.folder / "run.json").is_file() and not self.checkpoint.exists()
+        return self.out.exists() and self.read("published.json") is not None and not self.checkpoint.exists()
 
     def begin(self, fingerprint: Mapping[str, Any], restart: bool) -> bool:
         """Take the folder, new or as an earlier run left it.
@@ -67,7 +68,9 @@ class Work:
             replaced.replace(self.out)  # an earlier run was killed while it put the new folder in the old one's place
         if restart:
             self._clear()
-        before = self._read("run.json")
+        before = self.read("run.json")
+        if before is None:
+            self._clear()  # what a folder without its description holds belongs to nobody
         if before is not None and before != dict(fingerprint):
             raise RecipeError(
                 f"{self.folder} holds an unfinished run of something else ({_differences(before, fingerprint)}). "
@@ -84,7 +87,8 @@ class Work:
 
     def read(self, name: str) -> Any:
         """The JSON written under this name, or None."""
-        return self._read(name)
+        path = self.folder / name
+        return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
 
     def write_tensors(self, name: str, tensors: Mapping[str, Tensor]) -> None:
         """Write a safetensors file beside and rename; it is on disk when this returns."""
@@ -96,23 +100,37 @@ class Work:
         with beside.open("rb+") as stream:
             os.fsync(stream.fileno())
         beside.replace(path)
+        _sync(path.parent)
 
     def read_tensors(self, name: str) -> dict[str, Tensor] | None:
         """The tensors written under this name, or None."""
         path = self.folder / name
         return load_file(path) if path.is_file() else None
 
-    def publish(self) -> None:
-        """Make the checkpoint appear as OUT; an old OUT is removed only once the new one stands in its place."""
-        replaced = self.folder / "replaced"
+    def publish(self, overwrite: bool) -> None:
+        """Make the checkpoint appear as OUT; an old OUT is removed only once the new one stands in its place.
+
+        Raises:
+            RecipeError: OUT appeared meanwhile and may not be replaced; the finished work stays.
+        """
+        if self.out.exists() and not overwrite:
+            raise RecipeError(
+                f"OUT {self.out} appeared while this run was working. The finished result waits in {self.checkpoint}; "
+                "move OUT away, or give the same command with --overwrite."
+            )
+        self.write("published.json", self.read("run.json"))
         if self.out.exists():
-            self.out.replace(replaced)
+            self.out.replace(self.folder / "replaced")
         self.checkpoint.replace(self.out)
+        _sync(self.out.parent)
         self.close(remove=True)
 
     def close(self, remove: bool = False) -> None:
         """Give the folder free; with `remove`, delete it."""
         if remove:
+            # First the descriptions: what is left if this is killed half-way is known to be nobody's.
+            for name in ("run.json", "published.json"):
+                (self.folder / name).unlink(missing_ok=True)
             shutil.rmtree(self.folder)
         if self._lock is not None:
             self._lock.close()
@@ -129,22 +147,31 @@ class Work:
             ) from None
 
     def _clear(self) -> None:
+        for name in ("run.json", "published.json"):
+            (self.folder / name).unlink(missing_ok=True)
         for path in self.folder.iterdir():
             if path.is_dir():
                 shutil.rmtree(path)
             elif path.name != "lock":
                 path.unlink()
 
-    def _read(self, name: str) -> Any:
-        path = self.folder / name
-        return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
-
     def _replace(self, path: Path, content: bytes) -> None:
         beside = path.with_name(f"{path.name}.partial")
         with beside.open("wb") as stream:
             stream.write(content)
+            stream.flush()
             os.fsync(stream.fileno())
         beside.replace(path)
+        _sync(path.parent)
+
+
+def _sync(folder: Path) -> None:
+    """Put the names in a folder on disk, so that a rename survives a power cut."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def _differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:

@@ -61,7 +61,7 @@ def uncovered(blocks: Iterable[Block]) -> list[tuple[str, int]]:
     left = []
     for block in blocks:
         total = sum(parameter.numel() for parameter in block.module.parameters())
-        covered = {slot.parameter for slot in block.slots}
+        covered = {slot.parameter for slot in block.slots} | block.ignored
         for name, parameter in block.module.named_parameters():
             path = f"{block.name}.{name}"
             if path not in covered and parameter.ndim > 1 and parameter.numel() > LARGE * total:
@@ -122,7 +122,9 @@ def _ignore(blocks: Iterable[Block], globs: Sequence[str], strict: bool) -> None
     for block in blocks:
         for slot in block.slots:
             used.update(glob for glob in globs if _matches(slot.info.name, glob))
-        block.slots = [slot for slot in block.slots if not any(_matches(slot.info.name, glob) for glob in globs)]
+        left = [slot for slot in block.slots if not any(_matches(slot.info.name, glob) for glob in globs)]
+        block.ignored |= {slot.parameter for slot in block.slots if slot not in left}
+        block.slots = left
     unused = [glob for glob in globs if glob not in used]
     if strict and unused:
         raise RecipeError(

@@ -47,6 +47,9 @@ class Weights:
         self.model = model
         self.checkpoint = checkpoint
         self.device = device
+        for module in model.modules():
+            for name, buffer in module.named_buffers(recurse=False):
+                module._buffers[name] = buffer.to(device)
         self.mapping: Any = get_model_conversion_mapping(model)
         self.targets, self.converted = _targets(model, checkpoint.tensors, self.mapping)
         self._refuse_missing()
@@ -60,6 +63,11 @@ class Weights:
         prefixes = list(prefixes)
         return [name for name, targets in self.targets.items() if not any(_below(targets[0], p) for p in prefixes)]
 
+    def known(self, names: Iterable[str]) -> list[str]:
+        """Those tensors on disk that the model has a place for."""
+        places = self.model.state_dict().keys()
+        return [name for name in names if self.targets[name][0] in places]
+
     def load(self, names: Iterable[str], checkpoint: Checkpoint | None = None) -> None:
         """Read tensors and put them where they belong, converted as transformers would.
 
@@ -70,7 +78,7 @@ class Weights:
         Raises:
             ModelError: a tensor has another shape than the model, holds NaN or infinity, or cannot be converted.
         """
-        state = dict(_finite((checkpoint or self.checkpoint).read(names)))
+        state = dict(_finite((checkpoint or self.checkpoint).read(names), self.model.dtype))
         config = LoadStateDictConfig(
             weight_mapping=self.mapping,
             device_map={"": self.device},
@@ -117,7 +125,7 @@ class Weights:
                 raise ModelError(
                     f"{prefix}: transformers' conversion gives {name}, which the checkpoint does not hold."
                 )
-            tensors[name] = value.to(device="cpu", dtype=stored.dtype).contiguous()
+            tensors[name] = _stored_or_new(stored, value.cpu()).contiguous()
         return tensors
 
     def check_reversible(self, prefix: str) -> None:
@@ -179,12 +187,24 @@ def _targets(
     return targets, converted
 
 
-def _finite(tensors: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
+def _stored_or_new(stored: Tensor, value: Tensor) -> Tensor:
+    """The new values in the stored dtype; those that were not changed keep all their bits.
+
+    Blocks may be computed in a narrower dtype than the checkpoint's. A weight that still is what the stored one became
+    there was not changed by the method, and stays as it was.
+    """
+    unchanged = (value == stored.to(value.dtype)) & (value != 0)
+    return torch.where(unchanged, stored, value.to(stored.dtype))
+
+
+def _finite(tensors: Iterable[tuple[str, Tensor]], dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
     for name, tensor in tensors:
         # The sum of finite floats overflows only where single values are absurd; then the slow test decides.
         suspicious = tensor.is_floating_point() and not torch.isfinite(tensor.sum(dtype=torch.float32))
         if suspicious and not torch.isfinite(tensor.float()).all():
             raise ModelError(f"{name}: holds NaN or infinite weights. Mend or replace the checkpoint.")
+        if dtype == torch.float16 and tensor.is_floating_point() and float(tensor.float().abs().max()) > 65504:
+            raise ModelError(f"{name}: has weights beyond the range of float16. Use --dtype bfloat16 or float32.")
         yield name, tensor
 
 
