@@ -32,6 +32,24 @@ def claim_a_huge_header(folder: Path) -> None:
     file.write_bytes(struct.pack("<Q", 2**60) + file.read_bytes()[8:])
 
 
+def edit_header(**values: object) -> Callable[[Path], None]:
+    """Change the last tensor's entry in the header; a value of None takes the key away."""
+
+    def edit(folder: Path) -> None:
+        file = folder / "model.safetensors"
+        data = file.read_bytes()
+        length = struct.unpack("<Q", data[:8])[0]
+        header = json.loads(data[8 : 8 + length])
+        last = max(
+            (name for name in header if name != "__metadata__"), key=lambda name: header[name]["data_offsets"][1]
+        )
+        header[last] = {key: value for key, value in {**header[last], **values}.items() if value is not None}
+        raw = json.dumps(header).encode()
+        file.write_bytes(struct.pack("<Q", len(raw)) + raw + data[8 + length :])
+
+    return edit
+
+
 def index(folder: Path, shard: str) -> None:
     names = dict.fromkeys(load_file(folder / "model.safetensors"), shard)
     (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": names}))
@@ -81,6 +99,15 @@ BROKEN: dict[str, tuple[Callable[[Path], object], tuple[str, ...]]] = {
     "truncated shard": (truncate, ("model.safetensors", "truncated")),
     "header cut": (cut_the_header, ("model.safetensors", "header")),
     "huge header": (claim_a_huge_header, ("model.safetensors", "header")),
+    "no shape": (edit_header(shape=None), ("model.safetensors", "entry", "shape")),
+    "no dtype": (edit_header(dtype=None), ("model.safetensors", "entry", "dtype")),
+    "no offsets": (edit_header(data_offsets=None), ("model.safetensors", "entry", "offsets")),
+    "one offset": (edit_header(data_offsets=[0]), ("model.safetensors", "entry", "offsets")),
+    "offsets are words": (edit_header(data_offsets=["0", "8"]), ("model.safetensors", "entry", "offsets")),
+    "offsets go backwards": (edit_header(data_offsets=[8, 0]), ("model.safetensors", "entry", "offsets")),
+    "a negative size": (edit_header(shape=[-1, -64]), ("model.safetensors", "entry", "shape")),
+    "shape and bytes disagree": (edit_header(shape=[3]), ("model.safetensors", "shape [3]", "bytes")),
+    "an unknown dtype": (edit_header(dtype="F4"), ("model.safetensors", "'F4'")),
     "missing shard": (lambda folder: index(folder, "model-00002-of-00002.safetensors"), ("00002-of-00002", "missing")),
     "shard outside": (lambda folder: index(folder, "../elsewhere.safetensors"), ("../elsewhere", "outside")),
     "index without map": (

@@ -182,6 +182,47 @@ def test_the_text_says_what_was_removed_what_it_buys_and_what_is_next(
     assert max(map(len, out.splitlines())) <= 120
 
 
+def test_no_speed_is_promised_where_blocks_differ() -> None:
+    from prunus.report import buys
+
+    block = RESULT["blocks"][0]
+    exact = {**RESULT, "pattern": "2:4"}
+    assert "GPUs execute" in " ".join(buys(exact).split())
+    mixed = {**exact, "blocks": [{**block, "wanted": 0.25}, {**block, "wanted": 0.75}]}
+    assert "GPUs execute" not in " ".join(buys(mixed).split())
+    assert "not 2:4" in " ".join(buys(mixed).split())
+    unknown = {**exact, "blocks": [{"name": "a", "parameters": 4, "sparsity": None}]}
+    assert "GPUs execute" not in " ".join(buys(unknown).split())
+
+
+def test_text_that_nothing_looked_at_is_not_called_calibration() -> None:
+    from prunus.report import prune_text
+
+    assert "4 x 8 tokens" in prune_text(RESULT)
+    unused = {**RESULT, "calibration": {**RESULT["calibration"], "used": False}}
+    assert "4 x 8 tokens" not in prune_text(unused)
+
+
+def test_a_model_without_a_language_head_is_not_sent_to_perplexity() -> None:
+    from prunus.report import prune_text
+
+    assert "prunus evaluate" in prune_text({**RESULT, "architecture": "GPT2LMHeadModel"})
+    assert "prunus evaluate" not in prune_text({**RESULT, "architecture": "CLIPModel"})
+
+
+def test_the_card_loads_by_the_right_class_and_repeats_every_setting() -> None:
+    from prunus.card import model_card
+
+    assert "AutoModelForCausalLM.from_pretrained('o')" in model_card({**RESULT, "architecture": "LlamaForCausalLM"})
+    card = model_card({**RESULT, "architecture": "CLIPModel"})
+    assert "CausalLM" not in card
+    assert "CLIPModel.from_pretrained('o')" in card
+    recipe = Recipe(model="m", device="cuda:1", dtype="bfloat16", calibration={"bos": "never"})  # type: ignore[arg-type]
+    for words in ("--device cuda:1", "--dtype bfloat16", "--bos never"):
+        assert words in model_card(RESULT, recipe.resolved())
+        assert words not in model_card(RESULT, Recipe(model="m").resolved())
+
+
 def test_only_the_first_process_prints(
     engine: Calls, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -321,11 +362,57 @@ def test_run_skips_what_is_done(
     assert (first["skipped"], second["skipped"]) == (["prune"], ["prune", "evaluate"])
     assert first["evaluate"] == second["evaluate"] == json.loads((out / "evaluation.json").read_text())["result"]
     assert measured[0]["baseline"] == str(model)
+    book = tmp_path / "book.txt"
+    book.write_text("one text")
+    assert run(text + f"evaluate: {{text: {book}}}")["skipped"] == ["prune"]
+    assert run(text + f"evaluate: {{text: {book}}}")["skipped"] == ["prune", "evaluate"]
+    book.write_text("another text")
+    assert run(text + f"evaluate: {{text: {book}}}")["skipped"] == ["prune"]
     # Another way of judging is only judged anew; another way of pruning is another checkpoint.
     assert run(text + "evaluate: {length: 16}")["skipped"] == ["prune"]
     assert not engine
     assert run(text.replace("2:4", "1:4"))["skipped"] == []
     assert engine[0]["out"] == out
+
+
+def test_run_does_not_skip_when_an_input_has_changed_under_its_name(
+    model: Path, ids: Path, engine: Calls, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    from prunus.job import identity
+
+    dense, tokens, ratios = tmp_path / "dense", tmp_path / "ids.npy", tmp_path / "ratios.yaml"
+    shutil.copytree(model, dense)
+    shutil.copy(ids, tokens)
+    ratios.write_text('"*": 0.5')
+    recipe = Recipe.model_validate(
+        {
+            "model": str(dense),
+            "out": str(tmp_path / "out"),
+            "calibration": {"source": str(tokens)},
+            "prune": {"allocation": "manual", "settings": {"allocation.file": str(ratios)}},
+        }
+    )
+    (tmp_path / "out").mkdir()
+    record = {"recipe": recipe.resolved(), "result": RESULT, "fingerprint": identity(recipe, dense)}
+    (tmp_path / "out" / "prunus.json").write_text(json.dumps(record))
+    skipped = lambda: prunus.run(recipe)["skipped"]  # noqa: E731
+    assert skipped() == ["prune"]
+
+    before = ratios.read_text()
+    ratios.write_text('"*": 0.4')
+    assert skipped() == []
+    ratios.write_text(before)
+    assert skipped() == ["prune"]
+
+    np.save(tokens, np.load(ids)[:, ::-1])
+    assert skipped() == []
+    shutil.copy(ids, tokens)
+    assert skipped() == ["prune"]
+
+    config = json.loads((dense / "config.json").read_text())
+    (dense / "config.json").write_text(json.dumps({**config, "rms_norm_eps": 1e-3}))
+    assert skipped() == []
+    assert len(engine) == 3
 
 
 # --- refusals ------------------------------------------------------------------------------------------------------
@@ -420,6 +507,7 @@ BAD_OPTIONS: list[tuple[str, list[str]]] = [
     ("--calibration BINARY", ["BINARY", "text"]),
     ("--calibration LARGE_IDS", ["LARGE_IDS", "32"]),
     ("--device tpu", ["--device", "cpu", "cuda"]),
+    ("--device mps", ["--device", "cpu", "cuda"]),
     ("--samples 0", ["--samples", "at least 1"]),
     ("--spasity 0.5", ["--spasity", "--sparsity", "prunus prune --help"]),
     ("--recipe missing.yaml", ["missing.yaml", "no recipe"]),
@@ -452,6 +540,22 @@ def test_a_plan_refuses_what_the_run_would(
     refused(capsys, out, ["plan", model, out, "--pattern", "2:3", *rest], ["model.layers.0.self_attn.q_proj", "3"])
     refused(capsys, out, ["plan", model, model / "out", *rest], ["OUT", "inside"])
     refused(capsys, out, ["plan", model, out, "--method", "wands", *rest], ["wands"])
+    refused(capsys, out, ["plan", model, out, "--calibration", "nowhere.txt"], ["nowhere.txt"])
+    refused(capsys, out, ["plan", model, out, "--calibration", "c4", "--length", "65"], ["65", "64"])
+    refused(capsys, out, ["plan", model, out, "--calibration", "c4"], ["tokenizer"])
+    # Data-free methods are verified with a few tokens all the same.
+    refused(capsys, out, ["plan", model, out, "--method", "magnitude", "--calibration", "nowhere.txt"], ["nowhere.txt"])
+
+
+def test_a_plan_writes_nothing_and_notes_what_exists(
+    model: Path, ids: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    assert said(capsys, "plan", model, tmp_path / "a" / "b" / "out", "--calibration", ids)[0] == 0
+    assert not list(tmp_path.iterdir())
+    (tmp_path / "out").mkdir()
+    words = ["plan", model, tmp_path / "out", "--calibration", ids]
+    assert "--overwrite" in json.loads(said(capsys, *words, "--json")[1])["notes"][0]
+    assert "Note: OUT" in said(capsys, *words)[1]
 
 
 def test_a_bad_place_is_refused(model: Path, ids: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
@@ -548,6 +652,27 @@ def test_an_interruption_says_how_to_go_on(kind: signal.Signals) -> None:
     assert out == ""
     assert "same command again continues" in err
     assert "Traceback" not in err
+
+
+IMPORTING = """
+import os, runpy, signal, sys
+name = sys.argv[1]
+class Interrupted:
+    def find_spec(self, wanted, *_):
+        if wanted == name:
+            os.kill(os.getpid(), signal.SIGINT)
+sys.meta_path.insert(0, Interrupted())
+sys.argv = ["prunus", "methods"]
+runpy.run_module("prunus", run_name="__main__")
+"""
+
+
+@pytest.mark.parametrize("module", ["typer", "prunus.methods.catalogue"])
+def test_an_interruption_while_modules_are_imported_gives_no_traceback(module: str) -> None:
+    process = _process("-c", IMPORTING, module)
+    out, err = process.communicate(timeout=30)
+    assert process.returncode == 130
+    assert (out, err.strip()) == ("", "prunus: Interrupted.")
 
 
 def test_a_reader_that_goes_away_causes_no_noise() -> None:

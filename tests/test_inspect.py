@@ -13,8 +13,9 @@ from hypothesis import strategies as st
 from safetensors.torch import save_file
 from torch import Tensor
 
+from prunus.cli import main
 from prunus.errors import FormatError, ModelError
-from prunus.inspection import GROUPS, inspect, matrices, tightest
+from prunus.inspection import groups, inspect, matrices, tightest
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16, torch.float64, torch.float8_e4m3fn, torch.float8_e5m2]
 
@@ -53,18 +54,44 @@ def test_infinities_are_counted(tmp_path: Path) -> None:
 
 
 @settings(max_examples=25, deadline=None)
-@given(group=st.sampled_from(GROUPS), data=st.data())
-def test_a_pattern_is_found_and_no_tighter_one_is_claimed(group: int, data: st.DataObject) -> None:
+@given(columns=st.sampled_from([256, 360, 344]), data=st.data())
+def test_a_pattern_is_found_and_no_tighter_one_is_claimed(columns: int, data: st.DataObject) -> None:
+    group = data.draw(st.sampled_from([size for size in range(2, 65) if columns % size == 0]))
     kept = data.draw(st.integers(1, group - 1))
-    weight = n_of_m(64, 256, kept, group)
+    weight = n_of_m(64, columns, kept, group)
     with TemporaryDirectory() as folder:
         row = only(inspect(save(Path(folder), {"model.layers.0.a.weight": weight})))
     assert f"{kept}:{group}" in row["patterns"]
     for pattern in row["patterns"]:
         few, many = map(int, pattern.split(":"))
         # The plain statement of N:M, and that N - 1 would be too few.
-        counts = [int((weight[:, start : start + many] != 0).sum(1).max()) for start in range(0, 256, many)]
+        counts = [int((weight[:, start : start + many] != 0).sum(1).max()) for start in range(0, columns, many)]
         assert max(counts) == few
+
+
+def test_every_divisor_up_to_64_is_tried_and_the_one_that_is_recorded() -> None:
+    assert groups(48) == [2, 3, 4, 6, 8, 12, 16, 24, 48]
+    assert groups(344) == [2, 4, 8, 43]
+    assert groups(384, 128)[-2:] == [64, 128]
+    assert groups(7) == [7]
+    assert groups(1, 10**6) == []
+
+
+def test_a_wide_pattern_is_found_if_the_record_names_it(tmp_path: Path) -> None:
+    save(tmp_path, {"model.layers.0.a.weight": n_of_m(32, 768, 130, 384)})
+    assert "130:384" not in only(inspect(tmp_path))["patterns"]
+    (tmp_path / "prunus.json").write_text(json.dumps({"recipe": {"prune": {"pattern": "130:384"}}}))
+    assert "130:384" in only(inspect(tmp_path))["patterns"]
+
+
+def test_neither_a_configuration_nor_trust_in_code_is_needed(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    save(tmp_path, {"layers.0.w": n_of_m(16, 64, 2, 4)})
+    assert main(["inspect", str(tmp_path), "--json", "-q"]) == 0
+    (tmp_path / "config.json").write_text('{"model_type": "unheard_of", "auto_map": {"AutoConfig": "code.Config"}}')
+    assert main(["inspect", str(tmp_path), "--json", "-q"]) == 0
+    assert "2:4" in json.loads(capsys.readouterr().out.splitlines()[-1])["blocks"][0]["patterns"]
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -142,7 +169,13 @@ def test_an_empty_tensor_is_no_trouble(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("patterns", "expected"),
-    [(["2:4", "4:8", "8:16"], ["2:4"]), (["3:8", "8:16"], ["3:8"]), ([], []), (["1:2", "1:4"], ["1:2", "1:4"])],
+    [
+        (["2:4", "4:8", "8:16"], ["2:4"]),
+        (["3:8", "8:16"], ["3:8"]),
+        ([], []),
+        (["1:2", "1:4"], ["1:2", "1:4"]),
+        (["2:4", "4:6", "6:12"], ["2:4", "4:6"]),
+    ],
 )
 def test_what_follows_from_a_tighter_pattern_is_left_out(patterns: list[str], expected: list[str]) -> None:
     assert tightest(patterns) == expected

@@ -52,6 +52,7 @@ def test_a_terminal_gets_one_line_for_each_stage(monkeypatch: pytest.MonkeyPatch
     stream = Terminal()
     work(Live(stream))
     assert "3/3" in stream.getvalue()
+    assert "model.layers.2" in stream.getvalue()
     assert "error 0.1250" in stream.getvalue()
     assert "one [odd] thing" in stream.getvalue()
 

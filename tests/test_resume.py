@@ -36,7 +36,7 @@ def dying_remove(path, *args, **kwargs):
 
 unlink = pathlib.Path.unlink
 def dying_unlink(self, missing_ok=False):
-    if limit == -3 and self.name == "run.json":
+    if limit == -3 and self.name == "run.json" and self.exists():
         os.kill(os.getpid(), signal.SIGKILL)
     return unlink(self, missing_ok=missing_ok)
 

@@ -146,9 +146,9 @@ def evaluate(  # noqa: PLR0913 - the options of the command
 def inspect(model: str | Path, *, progress: Progress | None = None) -> dict[str, Any]:
     """Sparsity by block and matrix, and the N:M patterns that hold. Returns what `prunus inspect --json` prints."""
     from prunus.inspection import inspect as look
-    from prunus.models.source import locate
+    from prunus.models.source import find
 
-    return look(locate(model), progress=progress)
+    return look(find(model), progress=progress)
 
 
 def catalogue() -> list[dict[str, Any]]:

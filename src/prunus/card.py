@@ -10,6 +10,8 @@ from typing import Any
 
 import yaml
 
+from prunus.report import causal
+
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
 BODY = """
@@ -24,10 +26,7 @@ as long. The checkpoint is for study, for recovery training, and for runtimes th
 ## Load it
 
 ```python
-from transformers import AutoModelForCausalLM, AutoTokenizer
-
-model = AutoModelForCausalLM.from_pretrained({folder!r})
-tokenizer = AutoTokenizer.from_pretrained({folder!r})
+{loading}
 ```
 
 It needs nothing but transformers. Further training does not keep the zeros by itself.
@@ -70,12 +69,24 @@ def model_card(result: Mapping[str, Any], recipe: Mapping[str, Any] | None = Non
         reached=f"{100 * sparsity['reached']:.2f} %",
         share=f"{100 * sparsity['model']:.2f} %",
         version=result.get("versions", {}).get("prunus", ""),
-        folder=_public(result["out"]),
+        loading=_loading(result),
         table=_table(_facts(result)),
         spread=_spread(result["blocks"]),
         command=_command(result, recipe or {}),
     )
     return f"---\n{yaml.safe_dump(head, sort_keys=False)}---\n{body}"
+
+
+def _loading(result: Mapping[str, Any]) -> str:
+    """Python that loads the checkpoint; a model without a language head by its own class."""
+    name, folder = str(result.get("architecture")), _public(result["out"])
+    if not causal(result):
+        return f"from transformers import {name}\n\nmodel = {name}.from_pretrained({folder!r})"
+    return (
+        "from transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
+        f"model = AutoModelForCausalLM.from_pretrained({folder!r})\n"
+        f"tokenizer = AutoTokenizer.from_pretrained({folder!r})"
+    )
 
 
 def _facts(result: Mapping[str, Any]) -> dict[str, str]:
@@ -127,6 +138,12 @@ def _command(result: Mapping[str, Any], recipe: Mapping[str, Any]) -> str:
     if calibration and calibration.get("used", True):
         words += ["--calibration", _public(calibration["source"])]
         words += [word for key in ("samples", "length", "seed") for word in (f"--{key}", str(calibration[key]))]
+        bos = (recipe.get("calibration") or {}).get("bos", "auto")
+        words += ["--bos", bos] if bos != "auto" else []
+    for option, default in (("device", "cpu"), ("dtype", "auto")):
+        value = recipe.get(option, default)
+        words += [f"--{option}", value] if value != default else []
+    words += ["--trust-remote-code"] if recipe.get("trust_remote_code") else []
     return " ".join(shlex.quote(" ".join(str(word).split())) for word in words)
 
 

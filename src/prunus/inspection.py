@@ -18,8 +18,8 @@ from prunus.progress import Progress, Silent
 if TYPE_CHECKING:
     from torch import dtype as Dtype
 
-# Groups of consecutive inputs that are tried. Each is twice the one before, which `tightest` relies on.
-GROUPS: tuple[int, ...] = (2, 4, 8, 16)
+# Largest group of consecutive inputs that is tried, unless `prunus.json` names a larger one.
+LARGEST_GROUP = 64
 # A tensor under a numbered module, as in `model.layers.3.mlp.up_proj.weight`; the first number is the block's.
 NUMBERED = re.compile(r"^((?:.*?\.)?\d+)\.(.+)$")
 # Slices of a 3-D tensor narrower than this are the taps of a convolution, not an expert.
@@ -81,6 +81,8 @@ def inspect(folder: str | Path, *, progress: Progress | None = None) -> dict[str
     """
     folder = Path(folder)
     checkpoint = Checkpoint.open(folder)
+    provenance = _provenance(folder)
+    named = _named_group(provenance)
     progress = progress or Silent()
     progress.stage("inspect", len(checkpoint.tensors))
     total, rows, outside, other = Count(), [], [], set()
@@ -93,7 +95,7 @@ def inspect(folder: str | Path, *, progress: Progress | None = None) -> dict[str
             count = _count(tensor)
             total += count
             if _is_matrix(name, stored):
-                rows.append(_row(name, tensor, count))
+                rows.append(_row(name, tensor, count, named))
             elif tensor.ndim >= 2:
                 outside.append({"name": name, "shape": list(stored.shape), "sparsity": count.sparsity})
         progress.advance(name)
@@ -111,7 +113,7 @@ def inspect(folder: str | Path, *, progress: Progress | None = None) -> dict[str
         "blocks": blocks,
         "outside": outside,
         "other_dtypes": sorted(other),
-        "provenance": _provenance(folder),
+        "provenance": provenance,
     }
 
 
@@ -121,11 +123,11 @@ def _is_matrix(name: str, stored: Stored) -> bool:
     return len(stored.shape) == 2 or min(stored.shape[1:]) >= NARROWEST_EXPERT
 
 
-def _row(name: str, tensor: Tensor, count: Count) -> dict[str, Any]:
+def _row(name: str, tensor: Tensor, count: Count, named: int) -> dict[str, Any]:
     """One matrix, or one stack of experts whose patterns are those that hold in every expert."""
     match = NUMBERED.match(name)
     assert match is not None
-    patterns, axis = _patterns(tensor.unsqueeze(0) if tensor.ndim == 2 else tensor, count)
+    patterns, axis = _patterns(tensor.unsqueeze(0) if tensor.ndim == 2 else tensor, count, named)
     row = {"name": name, "block": match[1], "shape": list(tensor.shape), **vars(count)}
     return {**row, "sparsity": count.sparsity, "patterns": patterns, "axis": axis}
 
@@ -148,7 +150,7 @@ def _count(tensor: Tensor) -> Count:
     return count
 
 
-def _patterns(stack: Tensor, count: Count) -> tuple[list[str], str | None]:
+def _patterns(stack: Tensor, count: Count, named: int) -> tuple[list[str], str | None]:
     """The tightest N of each M that holds in all of `[matrices, out, in]`, and along which stored axis.
 
     A weight is usually stored `[out, in]`, so inputs run along the last axis; `Conv1D` (GPT-2) and some experts are
@@ -157,9 +159,9 @@ def _patterns(stack: Tensor, count: Count) -> tuple[list[str], str | None]:
     if not 0 < count.zeros < count.size:
         return [], None
     explained = 1 - count.sparsity + EXPLAINED
-    columns = _kept(stack)
+    columns = _kept(stack, named)
     if min(columns.values(), default=1.0) > explained:
-        rows = _kept(stack.transpose(1, 2))
+        rows = _kept(stack.transpose(1, 2), named)
         if min(rows.values(), default=1.0) <= explained:
             return _written(rows), "rows"
     return _written(columns), "columns" if columns else None
@@ -169,35 +171,42 @@ def _written(kept: Mapping[int, float]) -> list[str]:
     return [f"{round(share * group)}:{group}" for group, share in kept.items()]
 
 
-def _kept(stack: Tensor) -> dict[int, float]:
+def groups(columns: int, named: int = 0) -> list[int]:
+    """Every M from 2 to `LARGEST_GROUP`, and `named`, that divides a row of `columns`, ascending."""
+    tried = {*range(2, LARGEST_GROUP + 1), named}
+    return sorted(group for group in tried if 1 < group <= columns and columns % group == 0)
+
+
+def _kept(stack: Tensor, named: int) -> dict[int, float]:
     """For every M that some N below M fits: N / M."""
-    worst: dict[int, int] = dict.fromkeys(GROUPS, 0)
+    worst = dict.fromkeys(groups(stack.shape[2], named), 0)
     for matrix in stack:
         _fullest(matrix, worst)
-        if all(worst[group] >= group for group in worst):
+        if all(most >= group for group, most in worst.items()):
             break
-    return {group: kept / group for group, kept in worst.items() if kept < group}
+    return {group: most / group for group, most in worst.items() if most < group}
 
 
 def _fullest(matrix: Tensor, worst: dict[int, int]) -> None:
-    """Raise `worst[M]` to the largest number of non-zeros among M inputs in a row; drop an M that does not divide."""
-    columns = matrix.shape[1]
-    for group in [group for group in worst if columns % group]:
-        del worst[group]
-    for rows in matrix.split(max(1, CHUNK // columns)):
-        counts = (rows != 0).to(torch.uint8) if rows.dtype.itemsize > 1 else (rows.view(torch.uint8) & 0x7F != 0).byte()
-        for group in list(worst):
-            counts = counts.unflatten(1, (-1, 2)).sum(-1, dtype=torch.uint8)
-            worst[group] = max(worst[group], int(counts.max()))
+    """Raise `worst[M]` to the largest number of non-zeros among M inputs in a row."""
+    for rows in matrix.split(max(1, CHUNK // matrix.shape[1])):
+        one = (rows != 0).to(torch.uint8) if rows.dtype.itemsize > 1 else (rows.view(torch.uint8) & 0x7F != 0).byte()
+        counts = {1: one}
+        for group in [group for group, most in worst.items() if most < group]:
+            # From the largest group that divides this one, as few numbers as possible are summed.
+            part = max(smaller for smaller in counts if group % smaller == 0)
+            kind = torch.uint8 if group <= LARGEST_GROUP else torch.int32
+            counts[group] = counts[part].unflatten(1, (-1, group // part)).sum(-1, dtype=kind)
+            worst[group] = max(worst[group], int(counts[group].max()))
 
 
 def tightest(patterns: list[str]) -> list[str]:
-    """Without those that follow from another: 2:4 implies 4:8 and 8:16."""
+    """Without those that follow from another: 2:4 implies 4:8 and 6:12, but says nothing about groups of 6."""
     pairs = [tuple(map(int, pattern.split(":"))) for pattern in patterns]
     return [
         f"{kept}:{group}"
         for kept, group in pairs
-        if not any(small < group and few * group // small <= kept for few, small in pairs)
+        if not any(small < group and not group % small and few * group // small <= kept for few, small in pairs)
     ]
 
 
@@ -232,6 +241,15 @@ def _provenance(folder: Path) -> Mapping[str, Any] | None:
     except (OSError, ValueError):
         return None
     return record if isinstance(record, dict) else None
+
+
+def _named_group(record: Mapping[str, Any] | None) -> int:
+    """M of the N:M pattern that `prunus.json` names; 0 if it names none."""
+    part: Any = record
+    for key in ("recipe", "prune", "pattern"):
+        part = part.get(key) if isinstance(part, Mapping) else None
+    found = re.fullmatch(r"\d{1,6}:(\d{1,6})", part) if isinstance(part, str) else None
+    return int(found[1]) if found else 0
 
 
 def matrices(result: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:

@@ -1,11 +1,13 @@
-"""What a run would do, from shapes and headers alone: no weight and no text is read."""
+"""What a run would do, from shapes, headers and the text: no weight is read."""
 
 from __future__ import annotations
 
+import logging
 import shutil
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +16,10 @@ from transformers import PreTrainedModel
 
 from prunus import memory
 from prunus.allocations import Allocation
+from prunus.data.calibration import LENGTH, SAMPLES, calibrate, check
+from prunus.data.reading import on_hub
+from prunus.data.tokens import folder_positions, head_token, load_tokenizer
+from prunus.errors import CalibrationError
 from prunus.evaluation.loading import check_device
 from prunus.job import BATCH_TOKENS, check_out, dtype_of
 from prunus.methods.elementwise import Elementwise
@@ -25,8 +31,6 @@ from prunus.recipe import Recipe
 from prunus.sites import Block, SiteInfo
 from prunus.statistics import Gram
 
-# What `calibrate` takes from a text unless told otherwise.
-SAMPLES, LENGTH = 128, 512
 # Seconds that the machine's speed is measured for, and how much of it a forward pass reaches.
 PROBE_SECONDS = 0.2
 REACHED = 0.6
@@ -42,16 +46,26 @@ def plan(recipe: Recipe) -> dict[str, Any]:
         `model, method, metric, update, pattern, allocation, sparsity.wanted, parameters, sites.{count, parameters,
         share}, budget` ("uniform", "per block", or a sentence when it is decided by a pass over the dense model),
         `blocks[].{name, matrices, parameters, sparsity}`, `left_alone.{outside, inside, ignored, uncovered}`,
-        `calibration`, `memory.{terms, total}` in bytes, `disk.{needed, free, where}`, `time.{seconds, basis}`.
+        `calibration`, `memory.{terms, total}` in bytes, `disk.{needed, free, where}`, `time.{seconds, basis}`,
+        `notes` (what the user should know beforehand).
 
     Raises:
         PrunusError: whatever `prune` would refuse before its first block.
     """
+    notes: list[str] = []
+    with _noting(notes):
+        return {**_plan(recipe, notes), "notes": notes}
+
+
+def _plan(recipe: Recipe, notes: list[str]) -> dict[str, Any]:
+    """Everything but the notes, which are added to as they come up."""
     method, allocation = recipe.build()
     device = check_device(recipe.device)
     folder = locate(recipe.model, trust_remote_code=recipe.trust_remote_code)
     if recipe.out is not None:
         check_out(Path(recipe.out), folder, overwrite=True)
+        if Path(recipe.out).exists():
+            notes.append(f"OUT {recipe.out} exists; prune replaces it only with --overwrite.")
     checkpoint = Checkpoint.open(folder)
     model = skeleton(folder, dtype_of(recipe.dtype, device, checkpoint), recipe.trust_remote_code)
     blocks = find_blocks(model, recipe.prune.ignore, recipe.prune.blocks)
@@ -59,8 +73,9 @@ def plan(recipe: Recipe) -> dict[str, Any]:
     for info in sites:
         method.pattern.check(info)
     parameters = parameter_count(model)
-    needs_data = bool(method.needs or allocation.needs)
-    calibration = _calibration(recipe, model) if needs_data else None
+    calibration = _calibration(recipe, folder, model)
+    # Without need for data the text is checked all the same: its first tokens are what a run is verified with.
+    calibration = calibration if method.needs or allocation.needs else None
     tokens = calibration["samples"] * calibration["length"] if calibration else 0
     size = sum(info.size for info in sites)
     return {
@@ -78,37 +93,49 @@ def plan(recipe: Recipe) -> dict[str, Any]:
     }
 
 
-def _calibration(recipe: Recipe, model: PreTrainedModel) -> dict[str, Any]:
-    """How much text will be looked at; a file of ids is asked for its shape only."""
-    part = recipe.calibration
-    samples, length = part.samples or SAMPLES, part.length or LENGTH
-    if part.source.endswith(".npy") and Path(part.source).is_file():
-        import numpy as np
+@contextmanager
+def _noting(notes: list[str]) -> Iterator[None]:
+    """What parts log as a warning becomes a note."""
 
-        rows = np.load(part.source, mmap_mode="r", allow_pickle=False).shape
-        samples, length = min(part.samples or rows[0], rows[0]), min(part.length or rows[-1], rows[-1])
-    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    length = length if part.length or limit is None else min(length, limit)
-    return {"source": part.source, "samples": samples, "length": length, "seed": part.seed, "bos": part.bos}
+    class Notes(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            notes.append(record.getMessage())
+
+    logger, handler = logging.getLogger("prunus"), Notes(logging.WARNING)
+    logger.addHandler(handler)
+    try:
+        yield
+    finally:
+        logger.removeHandler(handler)
+
+
+def _calibration(recipe: Recipe, folder: Path, model: PreTrainedModel) -> dict[str, Any]:
+    """How much text will be looked at. It is read as the run will read it; a data set of the hub is not fetched."""
+    part, limit = recipe.calibration, folder_positions(folder)
+    asked = {"source": part.source, "seed": part.seed, "bos": part.bos}
+    if on_hub(part.source):
+        check(part.samples, part.length, part.seed, part.bos, limit)
+        head_token(load_tokenizer(folder), part.bos)
+        length = part.length or (LENGTH if limit is None else min(LENGTH, limit))
+        return {**asked, "samples": part.samples or SAMPLES, "length": length}
+    found = calibrate(
+        part.source, folder, samples=part.samples, length=part.length, seed=part.seed, bos=part.bos,
+        vocabulary=getattr(model.config.get_text_config(), "vocab_size", None), limit=limit,
+    )  # fmt: skip
+    if model.main_input_name not in found.inputs and "input_ids" not in found.inputs:
+        raise CalibrationError(f"{part.source} has no {model.main_input_name!r}, which {type(model).__name__} needs.")
+    return {**asked, "samples": found.samples, "length": found.length, "bos": found.bos}
 
 
 class _Foreseen:
-    """Stands for the survey of the dense model: it has the sites, and nothing else is known yet."""
+    """Stands for the survey of the dense model where an allocation looks at nothing but the sites."""
 
     def __init__(self, sites: list[SiteInfo]):
         self.sites = sites
 
     def measure(self, function: Any, needs: frozenset[type] = frozenset()) -> Any:
         """There is nothing to measure in a plan."""
-        raise _NotForeseenError(needs)
-
-
-class _NotForeseenError(Exception):
-    """An allocation asked for weights or data; `needs` is what it wanted to see."""
-
-    def __init__(self, needs: frozenset[type]):
-        super().__init__()
-        self.needs = needs
+        raise AssertionError("an allocation that calls itself foreseeable measures")
 
 
 def _budget(blocks: Sequence[Block], method: Elementwise, allocation: Allocation, sparsity: float) -> dict[str, Any]:
@@ -118,12 +145,11 @@ def _budget(blocks: Sequence[Block], method: Elementwise, allocation: Allocation
         {"name": block.name, "matrices": len(block.infos), "parameters": sum(info.size for info in block.infos)}
         for block in blocks
     ]
-    try:
-        divided = allocation.divide(_Foreseen(sites), sparsity)
-    except _NotForeseenError as found:
-        source = "the calibration text" if found.needs else "the weights"
+    if not allocation.foreseeable:
+        source = "the calibration text" if allocation.needs else "the weights"
         sentence = f"decided by a first pass over {source}, to {100 * sparsity:.2f} % of all"
         return {"budget": sentence, "blocks": [{**row, "sparsity": None} for row in rows]}
+    divided = allocation.divide(_Foreseen(sites), sparsity)
     divided = method.pattern.settle(divided, {info.name: info.size for info in sites}, sparsity)
     for row, block in zip(rows, blocks, strict=True):
         gone = sum(divided[info.name] * info.size for info in block.infos)

@@ -131,7 +131,7 @@ class Plain:
 
 
 class Live:
-    """One line that is redrawn: stage, block i of n, error, memory, elapsed, time left."""
+    """One line that is redrawn: stage, block i of n, error, memory, elapsed, time left, the block's name."""
 
     def __init__(self, stream: TextIO) -> None:
         """Draw on `stream`, a terminal."""
@@ -156,10 +156,10 @@ class Live:
         self.bar.add_task(name, total=total, facts="")
 
     def advance(self, note: str = "", error: float | None = None) -> None:
-        """Redraw the line; `note` would make it jump and is left out."""
+        """Redraw the line; `note` comes last, where its length moves nothing."""
         assert self.bar is not None, "advance() before stage()"
         self.pace.step()
-        self.bar.update(self.bar.task_ids[0], advance=1, facts=self.pace.facts(error))
+        self.bar.update(self.bar.task_ids[0], advance=1, facts="  ".join(filter(None, (self.pace.facts(error), note))))
 
     def warn(self, text: str) -> None:
         """Print the warning above the line."""

@@ -179,10 +179,10 @@ class Recipe(_Part):
     calibration: CalibrationPart = Field(default_factory=CalibrationPart)
     prune: PrunePart = Field(default_factory=PrunePart)
     evaluate: EvaluatePart | None = Field(default=None, description="judge the result; leave out to skip")
-    device: Annotated[str, Field(pattern=r"^(cpu|mps|cuda(:\d+)?|xpu(:\d+)?)$")] = Field(
+    device: Annotated[str, Field(pattern=r"^(cpu|cuda(:\d+)?)$")] = Field(
         default="cpu",
         description="where blocks are computed",
-        json_schema_extra={"expected": "cpu, cuda, cuda:1, mps or xpu"},
+        json_schema_extra={"expected": "cpu, cuda or cuda:1"},
     )
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
         default="auto", description="number format of the forward passes; the checkpoint keeps its own"

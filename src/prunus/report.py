@@ -19,7 +19,7 @@ def prune_text(result: Result) -> str:
         "removed": f"{percent(sparsity['reached'])} of the weights of {len(result['blocks'])} blocks"
         + (f", {percent(sparsity['model'])} of the whole model" if sparsity.get("model") is not None else ""),
         "blocks": _spread(result["blocks"]),
-        "calibrated": calibration_line(result.get("calibration")),
+        "calibrated": calibration_line(result.get("calibration")) or "not needed: the weights alone decide",
         "took": _took(result["seconds"]),
         "memory": _memory(result),
         "checked": _checked(result.get("verify")),
@@ -27,11 +27,10 @@ def prune_text(result: Result) -> str:
     }
     how = f"{result['method']} ({result['pattern']}, {result['allocation']})"
     head = f"Pruned {result['model']} with {how} into {result['out']}"
-    parts = [head, pairs(facts), *_warnings(result.get("warnings")), buys(result["pattern"])]
-    # No prompt sign: a line that can be copied.
-    parts.append(
-        f"Next:\n  prunus evaluate {shlex.quote(str(result['out']))} --baseline {shlex.quote(str(result['model']))}"
-    )
+    parts = [head, pairs(facts), *_warnings(result.get("warnings")), buys(result)]
+    out, dense = shlex.quote(str(result["out"])), shlex.quote(str(result["model"]))
+    # No prompt sign: a line that can be copied. Perplexity is of causal language models alone.
+    parts.append(f"Next:\n  prunus {f'evaluate {out} --baseline {dense}' if causal(result) else f'inspect {out}'}")
     return "\n\n".join(parts)
 
 
@@ -54,7 +53,7 @@ def plan_text(result: Result) -> str:
     if result["budget"] == "per block":
         rows = [(block["name"], f"{block['parameters']:,}", f"{block['sparsity']:.4f}") for block in result["blocks"]]
         parts.append(table(("block", "weights", "sparsity"), rows, right=(1, 2)))
-    return "\n\n".join([*parts, *_warnings(result.get("warnings")), buys(result["pattern"])])
+    return "\n\n".join([*parts, *_warnings(result.get("notes"), "Note"), buys(result)])
 
 
 def evaluate_text(result: Result) -> str:
@@ -138,14 +137,26 @@ def run_text(result: Result) -> str:
     return "\n\n".join(parts)
 
 
-def buys(pattern: str) -> str:
-    """What a pattern gives at run time today, and what it does not."""
+def causal(result: Result) -> bool:
+    """True for models that predict the next token, by the name of their class; also where that is not known."""
+    return str(result.get("architecture") or "ForCausalLM").endswith(("ForCausalLM", "LMHeadModel"))
+
+
+def buys(result: Result) -> str:
+    """What the pattern gives at run time today, and what it does not."""
+    pattern = result["pattern"]
     stored = (
         "The zeros are stored like any other number: the files stay as large as the dense model's, and transformers, "
         "vLLM and llama.cpp run them no faster."
     )
     if ":" not in pattern:
         gain = "Unstructured zeros keep the most quality at a given sparsity; only a runtime made for them gains speed."
+    elif not _same_everywhere(result):
+        group = pattern.partition(":")[2]
+        gain = (
+            f"The allocation gives each block its own N of every {group}, so the model as a whole is not {pattern}: no "
+            "stock runtime executes such a mixture."
+        )
     elif pattern == "2:4":
         gain = (
             "2:4 is the one pattern that GPUs execute (NVIDIA, Ampere and later, through torch.sparse); current vLLM "
@@ -156,9 +167,16 @@ def buys(pattern: str) -> str:
     return wrap(f"What it buys: {stored} {gain}")
 
 
+def _same_everywhere(result: Result) -> bool:
+    """True if every block has the sparsity that the N:M pattern names; a plan may not know yet, and then it has not."""
+    kept, group = map(int, result["pattern"].split(":"))
+    found = [block.get("wanted", block["sparsity"]) for block in result["blocks"] if block.get("parameters", 1)]
+    return all(sparsity is not None and abs(sparsity - (1 - kept / group)) < 1e-4 for sparsity in found)
+
+
 def calibration_line(calibration: Result | None) -> str:
-    """`128 x 512 tokens of wikitext2, seed 0, BOS at the head of each`."""
-    if not calibration:
+    """`128 x 512 tokens of wikitext2, seed 0, BOS at the head of each`; empty if nothing looked at them."""
+    if not calibration or not calibration.get("used", True):
         return ""
     tokens = f"{calibration['samples']} x {calibration['length']} tokens of {calibration['source']}"
     return f"{tokens}, seed {calibration['seed']}{_bos(calibration.get('bos'))}"
@@ -272,5 +290,5 @@ def _oddities(result: Result) -> str:
     return "; ".join(parts)
 
 
-def _warnings(warnings: Iterable[str] | None) -> list[str]:
-    return [wrap(f"Warning: {warning}") for warning in warnings or ()]
+def _warnings(warnings: Iterable[str] | None, word: str = "Warning") -> list[str]:
+    return [wrap(f"{word}: {warning}") for warning in warnings or ()]

@@ -20,6 +20,8 @@ def run(
 ) -> dict[str, Any]:
     """Prune, then evaluate if the recipe says so. A stage whose result lies in OUT for the same recipe is skipped.
 
+    Same means: the recipe, the model's files, the texts and the files that settings name.
+
     Args:
         recipe: must name `out`.
         restart: forget an unfinished run.
@@ -38,7 +40,7 @@ def run(
     progress = progress or Silent()
     out = Path(recipe.out)
     skipped = []
-    pruned = None if restart else finished(recipe, out)
+    pruned = None if restart else finished(recipe, out, progress)
     if pruned is None:
         from prunus.engine import prune
 
@@ -57,15 +59,42 @@ def run(
     return {"prune": pruned, "evaluate": evaluated, "skipped": skipped}
 
 
-def finished(recipe: Recipe, out: Path) -> dict[str, Any] | None:
-    """The result of an earlier run of the same recipe in `out`; None if there is none.
+def finished(recipe: Recipe, out: Path, progress: Progress | None = None) -> dict[str, Any] | None:
+    """The result of an earlier run in `out` of the same recipe on the same inputs; None if there is none.
 
-    The recipes are compared without `out` and `evaluate`, which do not change the checkpoint.
+    The recipes are compared without `out` and `evaluate`, which do not change the checkpoint; the inputs are what the
+    recipe only names: the model's files, the calibration tokens, the files of settings.
+
+    Args:
+        recipe: what is asked now.
+        out: where the earlier run may have written.
+        progress: told which inputs have changed, if only they have.
+
+    Raises:
+        PrunusError: an input is no longer there.
     """
     record = _read(out / RECORD)
     if not isinstance(record.get("recipe"), Mapping) or not isinstance(record.get("result"), Mapping):
         return None
-    return dict(record["result"]) if _bare(record["recipe"]) == _bare(recipe.resolved()) else None
+    if _bare(record["recipe"]) != _bare(recipe.resolved()):
+        return None
+    changed = _changed(recipe, record.get("fingerprint"))
+    if changed:
+        (progress or Silent()).warn(f"{out} was made by this recipe, but from another {' and another '.join(changed)}.")
+        return None
+    return dict(record["result"])
+
+
+def _changed(recipe: Recipe, recorded: Any) -> list[str]:
+    """Which of the inputs are not those of the record."""
+    from prunus.job import identity
+    from prunus.models.source import locate
+
+    folder = locate(recipe.model, trust_remote_code=recipe.trust_remote_code)
+    now = json.loads(json.dumps(identity(recipe, folder)))
+    before = recorded if isinstance(recorded, Mapping) else {}
+    words = {"model": "state of the model", "calibration": "calibration text", "files": "state of the named files"}
+    return [word for key, word in words.items() if now[key] != before.get(key)]
 
 
 def _bare(recipe: Mapping[str, Any]) -> dict[str, Any]:
@@ -87,12 +116,21 @@ def _evaluate(recipe: Recipe, part: EvaluatePart, out: Path, progress: Progress)
 
 
 def _evaluation_key(recipe: Recipe, part: EvaluatePart, out: Path) -> dict[str, Any]:
-    """What an evaluation depends on: its own settings and the record of the checkpoint."""
+    """What an evaluation depends on: its own settings, the text, the dense model and the record of the checkpoint."""
+    from prunus.data.reading import on_hub, read
+    from prunus.models.checkpoint import Checkpoint
+    from prunus.models.source import locate
+
     record = _read(out / RECORD)
+    # A data set of the hub counts by its name: what lies there is not fetched to find out that nothing is to be done.
+    text = None if on_hub(part.text) else read(part.text, purpose="evaluation").sha256
+    dense = locate(recipe.model, trust_remote_code=recipe.trust_remote_code) if part.baseline else None
     return {
         "evaluate": part.model_dump(mode="json"),
         "device": recipe.device,
         "dtype": recipe.dtype,
+        "text_sha256": text,
+        "baseline": Checkpoint.open(dense).identity if dense else None,
         "of": record.get("fingerprint") or record.get("created"),
     }
 

@@ -227,3 +227,13 @@ def test_an_emptied_matrix_is_reported(caplog):
         budget = GlobalMagnitude().divide(survey, 0.5)
     assert budget == {"b0.m": 1.0, "b4.m": 0.0}
     assert "b0.m" in caplog.text
+
+
+@every_allocation
+def test_what_calls_itself_foreseeable_looks_at_the_sites_alone(allocation):
+    survey = model(EVEN)
+    asked = []
+    measure = survey.measure
+    survey.measure = lambda *arguments, **others: asked.append(1) or measure(*arguments, **others)
+    allocation.divide(survey, 0.5)
+    assert allocation.foreseeable == (not asked)

@@ -201,3 +201,14 @@ def test_a_budget_off_the_target_keeps_its_own_total():
 
 def test_unstructured_settles_for_anything():
     assert Unstructured().settle({"a": 0.123}, {"a": 9}, 0.1) == {"a": 0.123}
+
+
+def test_a_budget_that_rounding_makes_flat_is_reported_with_the_span_that_would_matter(caplog):
+    sizes = dict.fromkeys("abc", 800)
+    assert set(NM(2, 4).settle({"a": 0.42, "b": 0.5, "c": 0.58}, sizes, 0.5).values()) == {0.5}
+    assert "2:4" in caplog.text
+    assert "span above 0.125" in caplog.text
+    caplog.clear()
+    NM(2, 4).settle(dict.fromkeys("abc", 0.5), sizes, 0.5)
+    assert len(set(NM(2, 4).settle({"a": 0.36, "b": 0.5, "c": 0.64}, sizes, 0.5).values())) == 3
+    assert not caplog.text

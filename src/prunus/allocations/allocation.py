@@ -31,10 +31,17 @@ class Survey(Protocol):
 
 
 class Allocation(Protocol):
-    """Divides a sparsity over the sites. A frozen dataclass."""
+    """Divides a sparsity over the sites. A frozen dataclass.
+
+    Attributes:
+        paper: where it is from.
+        needs: statistics that `divide` measures.
+        foreseeable: True if `divide` looks at the sites alone, so that a plan can say what it will decide.
+    """
 
     paper: ClassVar[str]
     needs: ClassVar[frozenset[type]]
+    foreseeable: ClassVar[bool]
 
     def divide(self, survey: Survey, sparsity: float) -> dict[str, float]:
         """Site name -> sparsity, for every site.

@@ -31,6 +31,7 @@ class GlobalMagnitude:
 
     paper: ClassVar[str] = "Han et al. 2015, arXiv:1506.02626"
     needs: ClassVar[frozenset[type]] = frozenset()
+    foreseeable: ClassVar[bool] = False
 
     def divide(self, survey: Survey, sparsity: float) -> dict[str, float]:
         """Site name -> sparsity, k_i / n_i with whole k_i."""

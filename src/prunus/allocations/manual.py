@@ -36,6 +36,7 @@ class Manual:
 
     paper: ClassVar[str] = ""
     needs: ClassVar[frozenset[type]] = frozenset()
+    foreseeable: ClassVar[bool] = True
 
     def divide(self, survey: Survey, sparsity: float) -> dict[str, float]:
         """Site name -> sparsity.

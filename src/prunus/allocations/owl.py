@@ -39,6 +39,7 @@ class OWL:
 
     paper: ClassVar[str] = "Yin et al. 2023, arXiv:2310.05175"
     needs: ClassVar[frozenset[type]] = frozenset({InputNorm})
+    foreseeable: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         """Check the ranges.

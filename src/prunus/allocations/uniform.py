@@ -14,6 +14,7 @@ class Uniform:
 
     paper: ClassVar[str] = ""
     needs: ClassVar[frozenset[type]] = frozenset()
+    foreseeable: ClassVar[bool] = True
 
     def divide(self, survey: Survey, sparsity: float) -> dict[str, float]:
         """Site name -> the wanted sparsity."""

@@ -69,6 +69,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     words = list(sys.argv[1:] if arguments is None else arguments) or ["--help"]
     try:
         return app(words, prog_name="prunus", standalone_mode=False) or 0
+    except (KeyboardInterrupt, typer.Abort):  # before or after the work, which says more (`session.working`)
+        print("prunus: Interrupted.", file=sys.stderr)
+        return 130
     except PrunusError as error:
         return _refuse(str(error))
     except TyperException as error:

@@ -43,7 +43,7 @@ EVALUATE = {
         "Begin each window with the BOS token: auto (where the tokenizer does), always or never. Default: auto.",
     ),
     "sample": option("--sample PROMPT", WHAT, "Also continue this prompt, greedily, by one sentence."),
-    "device": option("--device DEVICE", MACHINE, "cpu, cuda, cuda:1, mps or xpu. Default: cpu."),
+    "device": option("--device DEVICE", MACHINE, "cpu, cuda or cuda:1. Default: cpu."),
     "dtype": option(
         "--dtype DTYPE",
         MACHINE,

@@ -35,7 +35,7 @@ def inspect(model: Model, matrices: Matrices = False, as_json: Json = False, qui
     with working(quiet=quiet) as progress:
         from prunus import report
         from prunus.inspection import inspect as look
-        from prunus.models.source import locate
+        from prunus.models.source import find
 
-        result = look(locate(model), progress=progress)
+        result = look(find(model), progress=progress)
     show(result, lambda found: report.inspect_text(found, matrices=matrices), as_json=as_json)

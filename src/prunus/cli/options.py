@@ -105,9 +105,7 @@ RECIPE: dict[str, OptionInfo] = {
         TEXT,
         "Begin each sequence with the BOS token: auto (where the tokenizer does), always or never. Default: auto.",
     ),
-    "device": option(
-        "--device DEVICE", MACHINE, "Where blocks are computed: cpu, cuda, cuda:1, mps or xpu. Default: cpu."
-    ),
+    "device": option("--device DEVICE", MACHINE, "Where blocks are computed: cpu, cuda or cuda:1. Default: cpu."),
     "dtype": option(
         "--dtype DTYPE",
         MACHINE,

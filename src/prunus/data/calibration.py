@@ -81,9 +81,7 @@ def calibrate(
         RecipeError: a number out of range, `length` over `limit`, BOS asked where there is none.
         CalibrationError: nothing there, not text, shorter than one sample, ids beyond the vocabulary, no tokenizer.
     """
-    _check(samples, length, seed, bos)
-    if length is not None and limit is not None and length > limit:
-        raise RecipeError(f"Samples of {length} tokens exceed the model's {limit} positions; use length {limit}.")
+    check(samples, length, seed, bos, limit)
     reading = read(source, purpose="calibration", head=HEAD)
     if reading.arrays:
         arrays, used = _from_arrays(reading, folder, samples, length, bos)
@@ -108,11 +106,18 @@ def calibrate(
     )
 
 
-def _check(samples: int | None, length: int | None, seed: int, bos: str) -> None:
+def check(samples: int | None, length: int | None, seed: int, bos: str, limit: int | None = None) -> None:
+    """What `calibrate` refuses before it reads anything; the arguments are its own.
+
+    Raises:
+        RecipeError: a number out of range, or `length` over `limit`.
+    """
     for name, value, least in (("samples", samples, 1), ("length", length, 2), ("seed", seed, 0)):
         if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < least):
             raise RecipeError(f"Calibration {name} is a whole number of at least {least}, not {value!r}.")
     check_bos(bos)
+    if length is not None and limit is not None and length > limit:
+        raise RecipeError(f"Samples of {length} tokens exceed the model's {limit} positions; use length {limit}.")
 
 
 def _from_text(

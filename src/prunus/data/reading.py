@@ -23,7 +23,8 @@ if TYPE_CHECKING:
 EMBEDDED = {"calibration": "wikitext2-validation-head.raw.gz", "evaluation": "wikitext2-test.raw.gz"}
 HUB: dict[str, tuple[str, str]] = {"c4": ("allenai/c4", "en/c4-train.00000-of-01024.json.gz")}
 HUB_ID = re.compile(r"[\w][\w.-]*/[\w][\w.-]*(:[^:]*){0,2}")
-NAMES = ("wikitext2", *HUB)
+EMBEDDED_NAMES = ("wikitext2",)
+NAMES = (*EMBEDDED_NAMES, *HUB)
 FIELDS = (("text",), ("content",), ("prompt", "response"))
 # Of a larger corpus the head is enough: 32 M characters are about 8 M tokens, 60 times the default 128 x 512 x 2.
 HEAD = 32_000_000
@@ -83,11 +84,19 @@ def read(source: str | Path, *, purpose: str, head: int | None = None) -> Readin
     if path.is_dir():
         raise CalibrationError(f"{source} is a folder; give one file (.txt, .jsonl, .parquet, .npy or .npz).")
     name = str(source)
-    if name == "wikitext2":
+    if name in EMBEDDED_NAMES:
         return Reading(name, (wikitext(_embedded(EMBEDDED[purpose])),))
-    if name in HUB or (HUB_ID.fullmatch(name) and not _ends_like_a_file(path)):
+    if on_hub(source):
         return Reading(name, tuple(_from_hub(name, head or HEAD)))
     raise CalibrationError(f"There is no text or file {name}.{near(name, NAMES)} Or give a file's path.")
+
+
+def on_hub(source: str | Path) -> bool:
+    """True if `source` can only be a data set of the hub; nothing is asked there."""
+    path, name = Path(source).expanduser(), str(source)
+    if path.exists() or name in EMBEDDED_NAMES:
+        return False
+    return name in HUB or (HUB_ID.fullmatch(name) is not None and not _ends_like_a_file(path))
 
 
 def wikitext(text: str) -> str:

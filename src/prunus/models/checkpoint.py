@@ -7,10 +7,12 @@ index checked against the shards. Pickles are never opened.
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
+from typing import Any, TypeGuard
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -162,9 +164,15 @@ def _header(file: Path) -> tuple[dict[str, dict], bytes]:
         raw = stream.read(length) if 8 + length <= size else b""
     try:
         header = {name: entry for name, entry in json.loads(raw).items() if name != "__metadata__"}
-        end = max((entry["data_offsets"][1] for entry in header.values()), default=0)
-    except (ValueError, KeyError, TypeError, AttributeError, IndexError):
+    except (ValueError, AttributeError, RecursionError):
         raise FormatError(f"{file}: is not a whole safetensors file (unreadable header). Fetch it again.") from None
+    for name, entry in header.items():
+        if not _is_entry(entry):
+            raise FormatError(
+                f"{file}: the header's entry of tensor {name!r} is not a dtype, a shape and two offsets. "
+                "Fetch the file again."
+            )
+    end = max((entry["data_offsets"][1] for entry in header.values()), default=0)
     if 8 + length + end != size:
         raise FormatError(
             f"{file}: is truncated or damaged: {size:,} bytes where its header promises {8 + length + end:,}. "
@@ -173,8 +181,26 @@ def _header(file: Path) -> tuple[dict[str, dict], bytes]:
     return header, raw
 
 
+def _is_entry(entry: Any) -> bool:
+    """True for `{"dtype": str, "shape": [sizes], "data_offsets": [begin, end]}`, all numbers whole and in order."""
+    if not isinstance(entry, dict) or not isinstance(entry.get("dtype"), str):
+        return False
+    shape, offsets = entry.get("shape"), entry.get("data_offsets")
+    return _are_sizes(shape) and _are_sizes(offsets) and len(offsets) == 2 and offsets[0] <= offsets[1]
+
+
+def _are_sizes(value: Any) -> TypeGuard[list[int]]:
+    return isinstance(value, list) and all(type(size) is int and size >= 0 for size in value)
+
+
 def _stored(file: Path, name: str, entry: dict) -> Stored:
-    if entry.get("dtype") not in DTYPES:
-        raise FormatError(f"{file}: tensor {name!r} has the dtype {entry.get('dtype')!r}, which prunus cannot read.")
+    if entry["dtype"] not in DTYPES:
+        raise FormatError(f"{file}: tensor {name!r} has the dtype {entry['dtype']!r}, which prunus cannot read.")
+    dtype, shape = DTYPES[entry["dtype"]], tuple(entry["shape"])
     begin, end = entry["data_offsets"]
-    return Stored(file, DTYPES[entry["dtype"]], tuple(entry["shape"]), end - begin)
+    if math.prod(shape) * dtype.itemsize != end - begin:
+        raise FormatError(
+            f"{file}: tensor {name!r} of shape {list(shape)} in {entry['dtype']} takes "
+            f"{math.prod(shape) * dtype.itemsize:,} bytes, and its offsets leave {end - begin:,}. Fetch the file again."
+        )
+    return Stored(file, dtype, shape, end - begin)

@@ -69,22 +69,30 @@ def locate(model: str | Path, *, cache: Path | None = None, trust_remote_code: b
         ModelError: if nothing of that name exists (nearest names are given), the folder lacks a part, the file is
             not a whole GGUF, the alias' package is not installed (the command is given), or there is no network.
     """
+    folder = find(model, cache=cache, trust_remote_code=trust_remote_code)
+    check_folder(folder, trust_remote_code=trust_remote_code)
+    return folder
+
+
+def find(model: str | Path, *, cache: Path | None = None, trust_remote_code: bool = False) -> Path:
+    """`locate` for who only looks at the files: the folder need not be one that transformers can load.
+
+    Raises:
+        ModelError: as `locate`, but for what the folder holds.
+    """
     if not str(model).strip():
         raise ModelError("The model's name is empty; give a folder, a .gguf file, an alias or a hub id.")
     path = Path(model).expanduser()
     models = (default_cache() if cache is None else Path(cache)) / "models"
     if path.is_dir():
-        folder = path
-    elif path.suffix == ".gguf":
-        folder = _from_gguf(path, models)
-    elif path.exists():
+        return path
+    if path.suffix == ".gguf":
+        return _from_gguf(path, models)
+    if path.exists():
         raise ModelError(f"{path} is a file but not a .gguf; give a model folder, a .gguf file, an alias or a hub id.")
-    elif str(model) in ALIASES:
-        folder = _from_alias(str(model), models)
-    else:
-        folder = _from_hub(str(model), (*WANTED, "*.py") if trust_remote_code else WANTED)
-    check_folder(folder, trust_remote_code=trust_remote_code)
-    return folder
+    if str(model) in ALIASES:
+        return _from_alias(str(model), models)
+    return _from_hub(str(model), (*WANTED, "*.py") if trust_remote_code else WANTED)
 
 
 def default_cache() -> Path:

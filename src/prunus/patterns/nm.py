@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import combinations
@@ -14,6 +15,7 @@ from prunus.errors import RecipeError
 from prunus.patterns.selection import count, keep_highest
 from prunus.sites import SiteInfo
 
+_LOG = logging.getLogger("prunus")
 _PAIRWISE = 8  # up to this M comparing all pairs beats selecting row by row
 
 
@@ -100,7 +102,20 @@ class NM:
                 if self._helps(site, sizes, pruned, missing, step):
                     pruned[site] += step
                     missing -= step * sizes[site]
+        self._warn_if_flat(budget, pruned)
         return {site: units / self.m for site, units in pruned.items()}
+
+    def _warn_if_flat(self, budget: Mapping[str, float], pruned: Mapping[str, int]) -> None:
+        """Say so if rounding to whole weights per group has made one sparsity of several."""
+        spread = max(budget.values(), default=0.0) - min(budget.values(), default=0.0)
+        if spread < 1e-6 or len(set(pruned.values())) > 1:
+            return
+        kept = self.m - next(iter(pruned.values()))
+        _LOG.warning(
+            "The allocation's sparsities differ by %.3f, too little for groups of %d: all matrices come out at %d:%d. "
+            "A difference above 1/%d would matter (with owl: allocation.span above %.3g); so would a larger M.",
+            spread, self.m, kept, self.m, self.m, 0.5 / self.m,
+        )  # fmt: skip
 
     def _helps(self, site: str, sizes: Mapping[str, int], pruned: Mapping[str, int], missing: float, step: int) -> bool:
         """Whether one unit more (or less) in this matrix brings the total nearer to the target."""
