@@ -137,7 +137,7 @@ def _measured(method: str, options: Mapping[str, Any]) -> str:
 
 
 def _missing(file: str) -> str:
-    return f"*No measurements here yet: `benchmarks/results/{file}.json` is missing.*"
+    return f"*No measurements here yet: `benchmarks/results/{file}.json` has no row for this.*"
 
 
 def _read(file: str) -> Any:

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from prunus import memory
+from prunus.data.tokens import folder_positions
 from prunus.distributed import Processes
 from prunus.edits import apply
 from prunus.job import Job, check_out, prepare
@@ -247,6 +248,7 @@ def _result(job: Job, reports: list[dict[str, Any]], clock: Clock) -> dict[str, 
         "peak_rss_bytes": memory.peak(),
         "predicted_peak_bytes": job.predicted["peak"],
         "size": {"dense_bytes": dense, "out_bytes": written},
+        "positions": folder_positions(job.checkpoint.folder),
         "architecture": type(job.stream.model).__name__,
         "device": str(job.device),
         "dtype": job.dtype_name,

@@ -27,10 +27,16 @@ def prune_text(result: Result) -> str:
     }
     how = f"{result['method']} ({result['pattern']}, {result['allocation']})"
     head = f"Pruned {result['model']} with {how} into {result['out']}"
+    if sparsity["wanted"] - sparsity["reached"] > 5e-4:
+        facts["asked for"] = f"{percent(sparsity['wanted'])}; counts are rounded down in every row or group"
     parts = [head, pairs(facts), *_warnings(result.get("warnings")), buys(result)]
     out, dense = shlex.quote(str(result["out"])), shlex.quote(str(result["model"]))
     # No prompt sign: a line that can be copied. Perplexity is of causal language models alone.
-    parts.append(f"Next:\n  prunus {f'evaluate {out} --baseline {dense}' if causal(result) else f'inspect {out}'}")
+    short = result.get("positions") or 1024
+    length = f" --length {short}" if short < 1024 else ""  # windows of 1,024 tokens do not fit
+    parts.append(
+        f"Next:\n  prunus {f'evaluate {out} --baseline {dense}{length}' if causal(result) else f'inspect {out}'}"
+    )
     return "\n\n".join(parts)
 
 
