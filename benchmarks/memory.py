@@ -92,11 +92,14 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, required=True, help="where the random models go; 10 GB in all")
     parser.add_argument("--blocks", type=int, nargs="+", default=[22, 44])
     parser.add_argument("--dtype", nargs="+", default=["bfloat16", "float32"])
-    parser.add_argument("--out", type=Path, help="write the rows as JSON")
+    parser.add_argument("--out", type=Path, default=Path("benchmarks/results/memory.json"), help="keeps each row")
     arguments = parser.parse_args()
-    rows = []
+    rows = json.loads(arguments.out.read_text()) if arguments.out.exists() else []
+    done = {(row["dtype on disk"], row["blocks"]) for row in rows}
     for name in arguments.dtype:
         for blocks in arguments.blocks:
+            if (name, blocks) in done:
+                continue
             rows.append(measure(arguments.folder, blocks, name))
             row = rows[-1]
             print(
@@ -106,8 +109,7 @@ def main() -> None:
                 flush=True,
             )
             shutil.rmtree(arguments.folder / f"{name}-{blocks}")
-    if arguments.out:
-        arguments.out.write_text(json.dumps(rows, indent=2) + "\n")
+            arguments.out.write_text(json.dumps(rows, indent=2) + "\n")
 
 
 if __name__ == "__main__":

@@ -29,6 +29,7 @@ CASES: dict[str, tuple[dict, str | None, float | None, float]] = {
     "wanda50": ({"method": "wanda"}, "wanda50_n16", 53.133, 0.005),
     "sparsegpt50": ({"method": "sparsegpt", "compat": "reference"}, "sparsegpt50_n16", 45.622, 0.02),
     "sparsegpt50-exact": ({"method": "sparsegpt"}, "sparsegpt50_n16", 45.622, 0.02),
+    "gblm50": ({"method": "gblm", "compat": "reference"}, "gblm50_l1_n16", 52.66, 0.01),
     "sparsegpt70": ({"method": "sparsegpt", "sparsity": 0.7, "compat": "reference"}, None, 183.0, 0.09),
     "sparsegpt70-owl": (
         {"method": "sparsegpt", "sparsity": 0.7, "allocation": "owl", "compat": "reference"}, None, 191.0, 0.09

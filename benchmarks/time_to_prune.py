@@ -26,6 +26,7 @@ from prunus.job import prepare
 from prunus.recipe import Recipe
 
 
+@torch.no_grad()
 def floor(recipe: Recipe, out: Path) -> float:
     """Seconds of two forward passes of every block over the batches, with nothing else between."""
     job = prepare(recipe, out, overwrite=True, processes=Processes(), warnings=[])

@@ -67,7 +67,7 @@ def measured(file: str, *names: str) -> str:
 
 
 def _parity(rows: Mapping[str, Mapping[str, Any]]) -> str:
-    head = ["run", "perplexity", "original code", "deviation", "matrices with equal masks", "seconds", "peak memory"]
+    head = ["run", "perplexity", "original code", "deviation", "matrices with equal masks"]
     lines = []
     for name, row in rows.items():
         masks = row.get("masks")
@@ -77,10 +77,8 @@ def _parity(rows: Mapping[str, Mapping[str, Any]]) -> str:
             "-" if row["original"] is None else f"{row['original']:,.2f}",
             "-" if row["deviation"] is None else f"{100 * row['deviation']:+.2f} %",
             f"{masks['matrices_equal']} of {masks['matrices']}" if masks else "-",
-            f"{row['seconds']['prune']:.0f}",
-            f"{row['peak_rss_bytes'] / 1e6:,.0f} MB",
         ])  # fmt: skip
-    return "\n\n".join([_table(head, lines, right=range(1, 7)), PROTOCOL])
+    return "\n\n".join([_table(head, lines, right=range(1, 5)), PROTOCOL])
 
 
 def _time(rows: Mapping[str, Mapping[str, Any]]) -> str:

@@ -70,6 +70,14 @@ class Processes:
         dist.broadcast_object_list(box, src=0)
         return box[0]
 
+    def everywhere(self, flag: bool) -> bool:
+        """Whether the flag is set on all processes; the answer is the same on each."""
+        if self.world == 1:
+            return flag
+        flags: list[Any] = [None] * self.world
+        dist.all_gather_object(flags, flag)
+        return all(flags)
+
     def on_first(self, work: Callable[[], Value]) -> Value:
         """Do something on process 0 alone and give its result, or its refusal, to every process.
 

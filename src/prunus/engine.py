@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import logging
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -18,12 +17,15 @@ from prunus import memory
 from prunus.data.tokens import folder_positions
 from prunus.distributed import Processes
 from prunus.edits import apply
+from prunus.evidence import Evidence, of_inputs
 from prunus.job import Job, check_out, prepare
 from prunus.models.checkpoint import Checkpoint
+from prunus.notes import collecting
 from prunus.output import Output
 from prunus.progress import Progress, Silent
 from prunus.recipe import Recipe
 from prunus.sites import Block
+from prunus.statistics import SiteStats
 from prunus.stream import Step
 from prunus.survey import Survey
 from prunus.verify import verify
@@ -53,7 +55,7 @@ def prune(
     warnings: list[str] = []
     job = None
     try:
-        with _collecting(warnings):
+        with collecting(warnings):
             with clock("prepare"):
                 job = prepare(recipe, Path(out).resolve(), overwrite=overwrite, processes=processes, warnings=warnings)
             result = _published(job, restart) or _run(job, restart, progress, clock)
@@ -63,18 +65,6 @@ def prune(
             job.work.close()
     processes.leave()
     return result
-
-
-@contextmanager
-def _collecting(warnings: list[str]) -> Iterator[None]:
-    """What parts say through the logger "prunus" becomes part of the result."""
-    logger, handler = logging.getLogger("prunus"), logging.Handler(logging.WARNING)
-    handler.emit = lambda record: warnings.append(record.getMessage())  # type: ignore[method-assign]
-    logger.addHandler(handler)
-    try:
-        yield
-    finally:
-        logger.removeHandler(handler)
 
 
 @dataclass
@@ -120,10 +110,14 @@ def _run(job: Job, restart: bool, progress: Progress, clock: Clock) -> dict[str,
     for text in job.warnings:
         progress.warn(text)
     output = Output(job)
+    evidence = Evidence(job.stream, job.batches, job.work, progress, job.needs)
+    if evidence.kinds:
+        with clock("gradients"):
+            evidence.prepare()
     with clock("survey"):
-        budget = _budget(job, progress)
+        budget = _budget(job, evidence, progress)
     with clock("prune"):
-        reports = _blocks(job, output, budget, progress)
+        reports = _blocks(job, output, budget, evidence, progress)
     with clock("finish"):
         job.processes.on_first(output.outside)
         logits = job.stream.logits(job.probe.inputs)
@@ -148,19 +142,22 @@ def _publish(
     return result
 
 
-def _budget(job: Job, progress: Progress) -> dict[str, float]:
+def _budget(job: Job, evidence: Evidence, progress: Progress) -> dict[str, float]:
     """The sparsity of every site, from the allocation, rounded to what the pattern can express."""
-    stored = job.processes.agree(job.work.read("budget.json"))
-    if stored is None:
-        survey = Survey(job.stream, job.batches, job.work, progress)
-        sizes = {info.name: info.size for info in survey.sites}
+    divided = job.processes.agree(job.work.read("budget.json"))
+    survey = Survey(job.stream, job.batches, job.work, progress, evidence)
+    if divided is None:
         divided = job.allocation.divide(survey, job.recipe.prune.sparsity)
-        stored = job.method.pattern.settle(divided, sizes, job.recipe.prune.sparsity)
-        job.processes.on_first(partial(job.work.write, "budget.json", stored))
-    return stored
+        job.processes.on_first(partial(job.work.write, "budget.json", divided))
+    # Also for a budget of an earlier call: what rounding has to say about it belongs to the result of this one.
+    return job.method.pattern.settle(
+        divided, {info.name: info.size for info in survey.sites}, job.recipe.prune.sparsity
+    )
 
 
-def _blocks(job: Job, output: Output, budget: Mapping[str, float], progress: Progress) -> list[dict[str, Any]]:
+def _blocks(
+    job: Job, output: Output, budget: Mapping[str, float], evidence: Evidence, progress: Progress
+) -> list[dict[str, Any]]:
     """Prune every block that is not finished; returns the reports of all."""
     reports = {block.name: job.processes.agree(output.report(block)) for block in job.stream.blocks}
 
@@ -171,10 +168,11 @@ def _blocks(job: Job, output: Output, budget: Mapping[str, float], progress: Pro
     job.resumed = sum(report is not None for report in reports.values())
     for _ in range(job.resumed):
         progress.advance("finished before")
-    needs = job.method.needs
-    for step in job.stream.walk(job.batches if needs else job.batches[-1:], needs, finished):
+    # Gradients of the loss are there already; what the text is still needed for is seen while the block runs.
+    text = job.method.needs - evidence.kinds
+    for step in job.stream.walk(job.batches if text else job.batches[-1:], of_inputs(job.method.needs), finished):
         begun = time.monotonic()
-        report = _block(job, step, budget)
+        report = _block(job, step, evidence.of(step, job.method.needs), budget)
         report["seconds"] = time.monotonic() - begun
         job.processes.on_first(partial(output.block, step.block, report))
         reports[step.block.name] = report
@@ -182,20 +180,21 @@ def _blocks(job: Job, output: Output, budget: Mapping[str, float], progress: Pro
     return [report for block in job.stream.blocks if (report := reports[block.name])]
 
 
-def _block(job: Job, step: Step, budget: Mapping[str, float]) -> dict[str, Any]:
+def _block(job: Job, step: Step, known: Mapping[str, SiteStats], budget: Mapping[str, float]) -> dict[str, Any]:
     """Prune the matrices of one block and run it again; returns its report."""
     matrices, idle = [], []
     for slot, matrix in zip(step.block.slots, step.block.matrices(), strict=True):
-        if step.stats[matrix.name].unseen and slot.expert is None:
+        stats = known[matrix.name]
+        if stats.unseen and slot.expert is None:
             idle.append(matrix.name)  # never called with the text: nothing is known about it
             continue
-        edit = job.method.prune(matrix, step.stats[matrix.name], budget[matrix.name])
+        edit = job.method.prune(matrix, stats, budget[matrix.name])
         apply(matrix, edit, job.stream.weights.dtype(slot.parameter))
         zeros = matrix.weight.numel() - int(matrix.weight.count_nonzero())
         size = matrix.weight.numel()
         matrices.append({
             "name": matrix.name, "shape": list(slot.info.shape), "wanted": budget[matrix.name],
-            "sparsity": zeros / size, "zeros": zeros, "unseen": step.stats[matrix.name].unseen,
+            "sparsity": zeros / size, "zeros": zeros, "unseen": stats.unseen,
         })  # fmt: skip
     size = sum(info.size for info in step.block.infos)
     return {

@@ -26,6 +26,12 @@ class FormatError(PrunusError):
     """A file does not hold what its format promises."""
 
 
+def guess(name: str, known: Iterable[str]) -> str:
+    """The nearest known names as a question that begins with a space; empty if none is near."""
+    matches = get_close_matches(name, sorted(known), n=2, cutoff=0.5)
+    return f" Did you mean {' or '.join(repr(match) for match in matches)}?" if matches else ""
+
+
 def near(name: str, known: Iterable[str]) -> str:
     """The end of an "unknown name" message: the nearest known names, then all of them.
 
@@ -37,6 +43,4 @@ def near(name: str, known: Iterable[str]) -> str:
         A sentence that begins with a space, such as `` Did you mean 'wanda'? Known: magnitude, wanda.``
     """
     known = sorted(known)
-    matches = get_close_matches(name, known, n=2, cutoff=0.5)
-    guess = f" Did you mean {' or '.join(repr(match) for match in matches)}?" if matches else ""
-    return f"{guess} Known: {', '.join(known)}."
+    return f"{guess(name, known)} Known: {', '.join(known)}."

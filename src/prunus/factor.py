@@ -1,4 +1,4 @@
-"""H = R·Rᵀ with R upper triangular: what the OBS metric and the OBS sweep read instead of the inverse Hessian."""
+"""The damped Hessian, computed once per shared input: factored for the OBS sweep, or rescaled for iterative solvers."""
 
 from __future__ import annotations
 
@@ -51,13 +51,7 @@ class Factor:
             CalibrationError: if inputs were NaN or infinite.
             RecipeError: if H stays indefinite at a thousand times the damping, in float64 too; raise the damping.
         """
-        gram = stats[Gram]
-        if not gram.finite():
-            raise CalibrationError(
-                f"{stats.site}: its calibration inputs hold NaN or infinity, so there is no Hessian."
-                " Calibrate in float32, or look for a damaged weight in an earlier block."
-            )
-        reversed_hessian = gram.hessian.flip(0, 1)
+        reversed_hessian = _finite(stats).flip(0, 1)
         diagonal = reversed_hessian.diagonal()
         dead = diagonal == 0
         diagonal[dead] = 1.0  # any positive number: nothing is lost with an input that never fires
@@ -81,3 +75,74 @@ class Factor:
             f"{site}: the Hessian is not positive definite, even with damp {self.damp * _RAISES[-1]:g} in float64."
             f" Ask for more with --set update.damp={max(10 * self.damp, 0.01):g}, or use more calibration samples."
         )
+
+
+@dataclass(frozen=True, eq=False)
+class Unit:
+    """A damped Hessian, rescaled to ones on its diagonal: S⁻¹·(H + damping·I)·S⁻¹.
+
+    Attributes:
+        hessian: `[in, in]`, symmetric, unit diagonal; its spectrum does not depend on the sizes of the inputs.
+        inverse: of `hessian`, `[in, in]`, positive definite; a little damped where there is no other.
+        scale: diagonal of S, `[in]`, positive; the weights that go with it are W·S.
+    """
+
+    hessian: Tensor
+    inverse: Tensor
+    scale: Tensor
+
+    def to(self, dtype: torch.dtype) -> Unit:
+        """The same in another dtype."""
+        return Unit(self.hessian.to(dtype), self.inverse.to(dtype), self.scale.to(dtype))
+
+
+@dataclass(frozen=True)
+class UnitDiagonal:
+    """Reads `Gram`, gives `Unit`; pass it to `SiteStats.derive`, which computes it once per shared input.
+
+    Inputs that never fire have no say in the damping and end up alone, with a one on the diagonal.
+
+    Attributes:
+        damp: added to the diagonal, as a fraction of its mean, in [0, 1].
+    """
+
+    damp: float
+
+    def __call__(self, stats: SiteStats) -> Unit:
+        """Damp and rescale the Hessian of this input.
+
+        Raises:
+            CalibrationError: if inputs were NaN or infinite.
+        """
+        hessian = _finite(stats)
+        diagonal = hessian.diagonal()
+        live = diagonal > 0
+        given = diagonal.double()
+        damping = self.damp * given[live].mean() if bool(live.any()) else 0.0
+        scale = torch.where(live, given + damping, 1.0).sqrt().to(hessian.dtype)
+        hessian.div_(scale).div_(scale[:, None])
+        diagonal.fill_(1.0)
+        return Unit(hessian, _inverse(hessian), scale)
+
+
+def _inverse(hessian: Tensor) -> Tensor:
+    """The inverse of a matrix with unit diagonal, damped as little as makes it more than rounding."""
+    rounding = len(hessian) * torch.finfo(hessian.dtype).eps
+    for damping in (0.0, rounding, 1e-3, 1e-2, 1e-1):
+        damped = hessian.clone()
+        damped.diagonal().add_(damping)
+        lower, failed = torch.linalg.cholesky_ex(damped)
+        if not failed and bool(lower.diagonal().square().min() > rounding / 10):
+            return torch.cholesky_inverse(lower)
+    return torch.eye(len(hessian), dtype=hessian.dtype, device=hessian.device)
+
+
+def _finite(stats: SiteStats) -> Tensor:
+    """The Hessian, a fresh tensor; raises CalibrationError if it is none."""
+    gram = stats[Gram]
+    if not gram.finite():
+        raise CalibrationError(
+            f"{stats.site}: its calibration inputs hold NaN or infinity, so there is no Hessian."
+            " Calibrate in float32, or look for a damaged weight in an earlier block."
+        )
+    return gram.hessian

@@ -26,6 +26,7 @@ from prunus.data.tokens import folder_positions
 from prunus.distributed import Processes, local_device
 from prunus.errors import CalibrationError, RecipeError
 from prunus.evaluation.loading import check_device
+from prunus.evidence import of_gradients
 from prunus.methods.elementwise import Elementwise
 from prunus.models.checkpoint import Checkpoint
 from prunus.models.discover import find_blocks, uncovered
@@ -33,7 +34,7 @@ from prunus.models.skeleton import parameter_count, skeleton
 from prunus.models.source import locate
 from prunus.models.weights import Weights
 from prunus.recipe import Recipe
-from prunus.statistics import Gram
+from prunus.sites import Block
 from prunus.stream import Batch, Stream
 from prunus.work import Work
 
@@ -83,6 +84,11 @@ class Job:
     resumed: int = 0
 
     @property
+    def needs(self) -> frozenset[type]:
+        """Statistics that any part of the run reads."""
+        return self.method.needs | self.allocation.needs
+
+    @property
     def probe(self) -> Batch:
         """The few tokens whose logits are compared after reloading."""
         return self.batches[-1]
@@ -101,7 +107,7 @@ class Job:
     def calibration_summary(self) -> dict[str, Any]:
         """Where the calibration tokens come from, and whether the method looked at them."""
         one = self.calibration
-        used = bool(self.method.needs | getattr(self.allocation, "needs", frozenset()))
+        used = bool(self.needs)
         return {
             "source": one.source, "samples": one.samples, "length": one.length, "seed": one.seed,
             "sha256": one.sha256, "bos": one.bos, "used": used,
@@ -138,12 +144,15 @@ class Job:
             RecipeError: the disk is too small, the folder is taken, or it holds another unfinished run.
         """
         continued = self.work.begin(self.fingerprint, restart)
-        need = int(self.checkpoint.bytes * 1.02) - sum(file.stat().st_size for file in self.work.checkpoint.iterdir())
+        written = [file for folder in (self.work.checkpoint, self.work.reverse) for file in folder.iterdir()]
+        tokens = self.calibration.samples * self.calibration.length
+        scratch = memory.scratch(self.stream.model, self.stream.blocks, self.needs, tokens)
+        need = int(self.checkpoint.bytes * 1.02) + scratch - sum(file.stat().st_size for file in written)
         free = shutil.disk_usage(self.work.folder).free
         if need > free:
             self.work.close(remove=not continued)
             raise RecipeError(
-                f"{self.out.parent} has {free / 1e9:.1f} GB free and the pruned model needs {need / 1e9:.1f} GB. "
+                f"{self.out.parent} has {free / 1e9:.1f} GB free and this run needs {need / 1e9:.1f} GB more. "
                 "Free some space or choose another place."
             )
 
@@ -160,7 +169,7 @@ def identity(recipe: Recipe, folder: Path) -> dict[str, Any]:
     Returns:
         `model`, `calibration` and `files`, each as in a fingerprint.
     """
-    found = _calibration(recipe, folder, None)
+    found = tokens_of(recipe, folder, None)
     return {"model": Checkpoint.open(folder).identity, "calibration": found.sha256, "files": named_files(recipe)}
 
 
@@ -184,12 +193,11 @@ def prepare(recipe: Recipe, out: Path, *, overwrite: bool, processes: Processes,
     check_out(out, folder, overwrite or work.published)
     checkpoint = Checkpoint.open(folder)
     model = skeleton(folder, dtype_of(recipe.dtype, device, checkpoint), recipe.trust_remote_code)
-    blocks = find_blocks(model, recipe.prune.ignore, recipe.prune.blocks)
-    for block in blocks:
-        for info in block.infos:
-            method.pattern.check(info)
-    calibration = _calibration(recipe, folder, model)
-    batches = _batches(calibration, processes)
+    blocks = sites_of(recipe, model, method)
+    calibration = tokens_of(recipe, folder, model)
+    needs = method.needs | allocation.needs
+    alone = bool(of_gradients(needs))
+    batches = _batches(calibration, processes, alone)
     stream = Stream(model, Weights(model, checkpoint, device), blocks, processes)
     warnings.extend(
         f"{name} ({size:,} weights) is not linear in a way that prunus knows and stays dense."
@@ -199,9 +207,10 @@ def prepare(recipe: Recipe, out: Path, *, overwrite: bool, processes: Processes,
         model,
         blocks,
         checkpoint,
-        grams=Gram in method.needs,
-        tokens=sum(batch.samples for batch in batches) * calibration.length if method.needs | allocation.needs else 0,
-        batch_tokens=min(BATCH_TOKENS, calibration.samples * calibration.length),
+        needs=needs,
+        tokens=sum(batch.samples for batch in batches) * calibration.length if needs else 0,
+        batch_tokens=calibration.length if alone else min(BATCH_TOKENS, calibration.samples * calibration.length),
+        length=calibration.length,
     )
     return Job(
         recipe, out, overwrite, work, checkpoint, stream, method, allocation, calibration, batches, device, predicted,
@@ -244,7 +253,32 @@ def dtype_of(name: str, device: torch.device, checkpoint: Checkpoint) -> torch.d
     return size.most_common(1)[0][0]
 
 
-def _calibration(recipe: Recipe, folder: Path, model: PreTrainedModel | None) -> Calibration:
+def sites_of(recipe: Recipe, model: PreTrainedModel, method: Elementwise) -> list[Block]:
+    """The blocks of the model with the matrices that the recipe leaves.
+
+    Raises:
+        RecipeError: a glob matches nothing, or matrices do not fit the pattern.
+        ModelError: the model has no blocks that prunus recognises.
+    """
+    blocks = find_blocks(model, recipe.prune.ignore, recipe.prune.blocks)
+    refusals = []
+    for info in (info for block in blocks for info in block.infos):
+        try:
+            method.pattern.check(info)
+        except RecipeError as refusal:
+            refusals.append(str(refusal))
+    if refusals:
+        others = f" So it is with {len(refusals) - 1} more matrices." if len(refusals) > 1 else ""
+        raise RecipeError(refusals[0] + others)
+    return blocks
+
+
+def tokens_of(recipe: Recipe, folder: Path, model: PreTrainedModel | None) -> Calibration:
+    """The calibration samples of a recipe; without a model its vocabulary is not checked.
+
+    Raises:
+        PrunusError: as `calibrate`; also if the text lacks the model's main input.
+    """
     part = recipe.calibration
     text = model.config.get_text_config() if model is not None else None
     found = calibrate(
@@ -257,11 +291,11 @@ def _calibration(recipe: Recipe, folder: Path, model: PreTrainedModel | None) ->
     return found
 
 
-def _batches(calibration: Calibration, processes: Processes) -> list[Batch]:
-    """This process's share of the samples in batches, and the probe."""
+def _batches(calibration: Calibration, processes: Processes, alone: bool) -> list[Batch]:
+    """This process's share of the samples in batches, or each sample `alone`, and the probe."""
     inputs = calibration.inputs
     # Without token ids (images alone) the tokens of a sample are not known yet: one sample at a time.
-    rows = max(1, BATCH_TOKENS // calibration.length) if calibration.length else 1
+    rows = max(1, BATCH_TOKENS // calibration.length) if calibration.length and not alone else 1
     starts = list(range(0, calibration.samples, rows))
     if len(starts) < processes.world:
         raise CalibrationError(

@@ -20,6 +20,7 @@ from transformers import PreTrainedModel
 from prunus.models.checkpoint import Checkpoint
 from prunus.models.skeleton import parameter_count
 from prunus.sites import Block
+from prunus.statistics import Gram
 
 # What the libraries load while they work, after the first look at the process; measured.
 LATER = 64 << 20
@@ -30,9 +31,10 @@ def predict(
     blocks: Sequence[Block],
     checkpoint: Checkpoint,
     *,
-    grams: bool,
+    needs: frozenset[type],
     tokens: int,
     batch_tokens: int,
+    length: int,
 ) -> dict[str, int]:
     """The terms of the peak, in bytes.
 
@@ -40,24 +42,33 @@ def predict(
         model: in the dtype that blocks are computed in; its parameters may be on the meta device.
         blocks: all blocks, with their sites.
         checkpoint: its files.
-        grams: whether the method keeps an `[in, in]` matrix for every distinct input.
+        needs: statistics that any part of the run reads.
         tokens: all calibration tokens of this process.
         batch_tokens: tokens in one forward pass.
+        length: tokens in one sample, the unit of a backward pass.
 
     Returns:
-        `{"interpreter": …, "outside": …, "block": …, "statistics": …, "matrix": …, "hidden": …, "activations": …,
-        "peak": …}`; `peak` is `interpreter` + the larger of `outside` and the sum of all others.
+        `{"interpreter": …, "outside": …, "block": …, "statistics": …, "gradients": …, "matrix": …, "hidden": …,
+        "activations": …, "peak": …}`; `peak` is `interpreter` + the larger of `outside` and the sum of all others.
     """
     computed = model.dtype.itemsize
     stored = max(tensor.dtype.itemsize for tensor in checkpoint.tensors.values())
     per_block = [sum(parameter.numel() for parameter in block.module.parameters()) for block in blocks]
     infos = [info for block in blocks for info in block.infos]
     features = max(sum(sum(info.shape) for info in block.infos if ".experts." not in info.name) for block in blocks)
+    gradients = sum(kind.source in ("loss", "output") for kind in needs)
+    copies = max((kind.copies for kind in needs if kind.source == "trials"), default=0)
+    vocabulary = getattr(model.config.get_text_config(), "vocab_size", 0)
     terms = {
-        # Read and converted, or read and written.
-        "outside": (parameter_count(model) - sum(per_block)) * (computed + stored),
+        # Read and converted, or read and written; under a loss the logits, their softmax and their gradient.
+        "outside": (parameter_count(model) - sum(per_block)) * (computed + stored)
+        + (3 * length * vocabulary * 4 if any(kind.source == "loss" for kind in needs) else 0)
+        # The whole model at once, with the logits of a batch.
+        + (copies * parameter_count(model) * computed + bool(copies) * 3 * batch_tokens * vocabulary * 4),
         "block": max(per_block) * (computed + stored),
-        "statistics": max(_grams(block) for block in blocks) * 4 if grams else 0,
+        "statistics": max(_grams(block) for block in blocks) * 4 if Gram in needs else 0,
+        # One gradient, the sums over samples, and what the backward pass of a sample keeps.
+        "gradients": (max(per_block) * 4 * (1 + gradients) + 2 * length * features * computed if gradients else 0),
         # Scores, the copy that selection works on, and the mask.
         "matrix": max(info.size for info in infos) * 4 * 3,
         # In front of the block, behind the dense block, behind the pruned block.
@@ -68,6 +79,21 @@ def predict(
     interpreter = current() + LATER
     together = sum(size for name, size in terms.items() if name != "outside")
     return {"interpreter": interpreter, **terms, "peak": interpreter + max(terms["outside"], together)}
+
+
+def scratch(model: PreTrainedModel, blocks: Sequence[Block], needs: frozenset[type], tokens: int) -> int:
+    """Bytes on disk, besides the result, while a run lasts: gradients of the loss, and the inputs of all blocks.
+
+    Args:
+        model: in the dtype that blocks are computed in.
+        blocks: all blocks, with their sites.
+        needs: statistics that any part of the run reads.
+        tokens: all calibration tokens.
+    """
+    kinds = sum(kind.source == "loss" for kind in needs)
+    sites = sum(info.size for block in blocks for info in block.infos)
+    inputs = tokens * _width(model) * model.dtype.itemsize * (len(blocks) + 1)
+    return kinds * 4 * sites + inputs if kinds else 0
 
 
 def release() -> None:

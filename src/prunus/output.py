@@ -12,7 +12,8 @@ from torch import Tensor
 from prunus.capture import Inputs
 from prunus.card import model_card
 from prunus.job import Job
-from prunus.models.checkpoint import INDEX, PICKLES, Checkpoint
+from prunus.models.checkpoint import INDEX, Checkpoint
+from prunus.models.source import PICKLES
 from prunus.sites import Block
 
 # Not carried over: weights in any form, and what is written anew.

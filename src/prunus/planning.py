@@ -2,31 +2,30 @@
 
 from __future__ import annotations
 
-import logging
 import shutil
 import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from transformers import PreTrainedModel
 
 from prunus import memory
-from prunus.allocations import Allocation
-from prunus.data.calibration import LENGTH, SAMPLES, calibrate, check
+from prunus.allocations import Allocation, Survey
+from prunus.data.calibration import LENGTH, SAMPLES, check
 from prunus.data.reading import on_hub
 from prunus.data.tokens import folder_positions, head_token, load_tokenizer
-from prunus.errors import CalibrationError
 from prunus.evaluation.loading import check_device
-from prunus.job import BATCH_TOKENS, check_out, dtype_of
+from prunus.evidence import AnyNeeds, of_gradients
+from prunus.job import BATCH_TOKENS, check_out, dtype_of, sites_of, tokens_of
 from prunus.methods.elementwise import Elementwise
 from prunus.models.checkpoint import Checkpoint
 from prunus.models.discover import find_blocks, uncovered
 from prunus.models.skeleton import parameter_count, skeleton
 from prunus.models.source import locate
+from prunus.notes import collecting
 from prunus.recipe import Recipe
 from prunus.sites import Block, SiteInfo
 from prunus.statistics import Gram
@@ -53,7 +52,7 @@ def plan(recipe: Recipe) -> dict[str, Any]:
         PrunusError: whatever `prune` would refuse before its first block.
     """
     notes: list[str] = []
-    with _noting(notes):
+    with collecting(notes):
         return {**_plan(recipe, notes), "notes": notes}
 
 
@@ -68,14 +67,13 @@ def _plan(recipe: Recipe, notes: list[str]) -> dict[str, Any]:
             notes.append(f"OUT {recipe.out} exists; prune replaces it only with --overwrite.")
     checkpoint = Checkpoint.open(folder)
     model = skeleton(folder, dtype_of(recipe.dtype, device, checkpoint), recipe.trust_remote_code)
-    blocks = find_blocks(model, recipe.prune.ignore, recipe.prune.blocks)
+    blocks = sites_of(recipe, model, method)
     sites = [info for block in blocks for info in block.infos]
-    for info in sites:
-        method.pattern.check(info)
     parameters = parameter_count(model)
     calibration = _calibration(recipe, folder, model)
     # Without need for data the text is checked all the same: its first tokens are what a run is verified with.
-    calibration = calibration if method.needs or allocation.needs else None
+    needs = method.needs | allocation.needs
+    calibration = calibration if needs else None
     tokens = calibration["samples"] * calibration["length"] if calibration else 0
     size = sum(info.size for info in sites)
     return {
@@ -87,26 +85,10 @@ def _plan(recipe: Recipe, notes: list[str]) -> dict[str, Any]:
         **_budget(blocks, method, allocation, recipe.prune.sparsity),
         "left_alone": _left_alone(model, blocks, recipe),
         "calibration": calibration,
-        "memory": _memory(model, blocks, checkpoint, method, tokens),
-        "disk": _disk(recipe, checkpoint),
+        "memory": _memory(model, blocks, checkpoint, needs, tokens, calibration["length"] if calibration else 0),
+        "disk": _disk(recipe, checkpoint.bytes + memory.scratch(model, blocks, needs, tokens)),
         "time": _time(blocks, method, allocation, tokens, device),
     }
-
-
-@contextmanager
-def _noting(notes: list[str]) -> Iterator[None]:
-    """What parts log as a warning becomes a note."""
-
-    class Notes(logging.Handler):
-        def emit(self, record: logging.LogRecord) -> None:
-            notes.append(record.getMessage())
-
-    logger, handler = logging.getLogger("prunus"), Notes(logging.WARNING)
-    logger.addHandler(handler)
-    try:
-        yield
-    finally:
-        logger.removeHandler(handler)
 
 
 def _calibration(recipe: Recipe, folder: Path, model: PreTrainedModel) -> dict[str, Any]:
@@ -118,12 +100,7 @@ def _calibration(recipe: Recipe, folder: Path, model: PreTrainedModel) -> dict[s
         head_token(load_tokenizer(folder), part.bos)
         length = part.length or (LENGTH if limit is None else min(LENGTH, limit))
         return {**asked, "samples": part.samples or SAMPLES, "length": length}
-    found = calibrate(
-        part.source, folder, samples=part.samples, length=part.length, seed=part.seed, bos=part.bos,
-        vocabulary=getattr(model.config.get_text_config(), "vocab_size", None), limit=limit,
-    )  # fmt: skip
-    if model.main_input_name not in found.inputs and "input_ids" not in found.inputs:
-        raise CalibrationError(f"{part.source} has no {model.main_input_name!r}, which {type(model).__name__} needs.")
+    found = tokens_of(recipe, folder, model)
     return {**asked, "samples": found.samples, "length": found.length, "bos": found.bos}
 
 
@@ -148,8 +125,10 @@ def _budget(blocks: Sequence[Block], method: Elementwise, allocation: Allocation
     if not allocation.foreseeable:
         source = "the calibration text" if allocation.needs else "the weights"
         sentence = f"decided by a first pass over {source}, to {100 * sparsity:.2f} % of all"
+        if method.pattern.align > 1:
+            sentence += f", in whole weights of every {method.pattern.align}: small differences round away"
         return {"budget": sentence, "blocks": [{**row, "sparsity": None} for row in rows]}
-    divided = allocation.divide(_Foreseen(sites), sparsity)
+    divided = allocation.divide(cast(Survey, _Foreseen(sites)), sparsity)
     divided = method.pattern.settle(divided, {info.name: info.size for info in sites}, sparsity)
     for row, block in zip(rows, blocks, strict=True):
         gone = sum(divided[info.name] * info.size for info in block.infos)
@@ -172,16 +151,17 @@ def _left_alone(model: PreTrainedModel, blocks: Sequence[Block], recipe: Recipe)
 
 
 def _memory(
-    model: PreTrainedModel, blocks: Sequence[Block], checkpoint: Checkpoint, method: Elementwise, tokens: int
+    model: PreTrainedModel, blocks: Sequence[Block], checkpoint: Checkpoint, needs: AnyNeeds, tokens: int, length: int
 ) -> dict[str, Any]:
     """The terms of the peak, which sum up to it."""
     found = memory.predict(
         model,
         blocks,
         checkpoint,
-        grams=Gram in method.needs,
+        needs=needs,
         tokens=tokens,
-        batch_tokens=min(BATCH_TOKENS, tokens),
+        batch_tokens=length if of_gradients(needs) else min(BATCH_TOKENS, tokens),
+        length=length,
     )
     terms = {name: value for name, value in found.items() if name != "peak"}
     together = sum(value for name, value in terms.items() if name not in ("outside", "interpreter"))
@@ -194,28 +174,40 @@ def _memory(
     return {"terms": {name: value for name, value in terms.items() if name not in smaller}, "total": found["peak"]}
 
 
-def _disk(recipe: Recipe, checkpoint: Checkpoint) -> dict[str, Any]:
-    """Bytes that OUT will take (as many as the dense model) and those free where it will lie."""
+def _disk(recipe: Recipe, needed: int) -> dict[str, Any]:
+    """Bytes that OUT (as many as the dense model) and gradients will take, and those free where they will lie."""
     where = Path(recipe.out).absolute().parent if recipe.out else Path.cwd()
     while not where.exists():
         where = where.parent
-    return {"needed": checkpoint.bytes, "free": shutil.disk_usage(where).free, "where": str(where)}
+    return {"needed": needed, "free": shutil.disk_usage(where).free, "where": str(where)}
 
 
 def _time(
     blocks: Sequence[Block], method: Elementwise, allocation: Allocation, tokens: int, device: torch.device
 ) -> dict[str, Any]:
-    """Operations of the walk over the machine's measured speed; experts are counted as if each saw every token."""
+    """Operations of the walk over the machine's measured speed; experts are counted as if each saw every token.
+
+    Reading the model, writing and reloading the result are not in it: they take seconds for small models, and as long
+    as the disk needs for large ones.
+    """
     if device.type != "cpu":
         return {"seconds": None, "basis": "unknown before the first block on this device"}
-    walks = 2 * bool(method.needs) + bool(allocation.needs)
+    gradients = of_gradients(method.needs | allocation.needs)
+    walks = 2 * bool(method.needs - gradients) + bool(allocation.needs - gradients)
+    # Forward, forward again, and a backward of twice the work.
+    walks += 4 * any(kind.source == "loss" for kind in gradients) + 3 * any(
+        kind.source == "output" for kind in gradients
+    )
     operations = sum(walks * 2.0 * info.size * tokens for block in blocks for info in block.infos)
     if Gram in method.needs:
         operations += sum(_solving(block, tokens) for block in blocks)
     if not operations:
         return {"seconds": None, "basis": "no forward pass: as long as the weights take to be read and written"}
     speed = _speed()
-    basis = f"an estimate: {operations / 1e12:.2g} Tflop, and products of matrices reach {speed / 1e9:.0f} Gflop/s here"
+    basis = (
+        f"an estimate without reading and reloading: {operations / 1e12:.2g} Tflop, and products of matrices reach "
+        f"{speed / 1e9:.0f} Gflop/s here"
+    )
     return {"seconds": operations / (REACHED * speed), "basis": basis}
 
 

@@ -61,7 +61,7 @@ class CalibrationPart(_Part):
     source: Name = Field(
         default="wikitext2",
         description="an embedded text (wikitext2), a file (.txt, .jsonl, .parquet, each also .gz; .npy of token ids "
-        "[samples, length]) or the name of a data set on the hub",
+        "[samples, length]) or the name of a data set on the hub, such as c4",
     )
     samples: Annotated[int | None, BeforeValidator(_number)] = Field(
         default=None, ge=1, description="sequences drawn from the text; 128, or all rows of a file of ids"

@@ -36,7 +36,17 @@ def _sentence(item: Mapping[str, Any], schema: Mapping[str, Any], where: str) ->
     if item["type"] == "missing":
         return f"{where} is missing: give {node.get('description', _expected(node))}."
     hint = f" ({node['description']})" if "description" in node else ""
-    return f"{where} must be {_expected(node)}, not {_given(item['input'])}{hint}."
+    return f"{where} must be {_expected(node)}, not {_given(item['input'])}{_percent(node, item['input'])}{hint}."
+
+
+def _percent(node: Mapping[str, Any], value: Any) -> str:
+    """`; for 50 % write 0.5` where a share was given as a percentage."""
+    try:
+        number = float(str(value).strip().removesuffix("%"))
+    except ValueError:
+        return ""
+    share = node.get("type") == "number" and node.get("exclusiveMaximum") == 1
+    return f"; for {number:g} % write {number / 100:g}" if share and 1 < number < 100 else ""
 
 
 def _unknown(place: tuple[str | int, ...], schema: Mapping[str, Any]) -> str:

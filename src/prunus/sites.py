@@ -64,9 +64,12 @@ class Slot:
 
     def matrix(self) -> Matrix:
         """The matrix as an `[out, in]` view of the parameter as it is now (loaded or on meta)."""
-        weight = getattr(self.module, self.attribute).detach()
-        weight = weight if self.expert is None else weight[self.expert]
-        return Matrix(self.info.name, weight.T if self.transposed else weight, self.info.block)
+        return Matrix(self.info.name, self.view(getattr(self.module, self.attribute).detach()), self.info.block)
+
+    def view(self, stored: Tensor) -> Tensor:
+        """The part of a tensor of the parameter's shape that belongs to this matrix, as `[out, in]`."""
+        own = stored if self.expert is None else stored[self.expert]
+        return own.T if self.transposed else own
 
 
 @dataclass

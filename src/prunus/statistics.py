@@ -3,20 +3,43 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any, Protocol, TypeVar
+from typing import Any, ClassVar, Literal, Protocol, TypeVar
 
 import torch
 from torch import Tensor
 
 Value = TypeVar("Value")
-Kind = TypeVar("Kind", bound="Statistic")
+Kind = TypeVar("Kind", bound="Sums")
+
+# Where a statistic comes from: the inputs of a matrix, seen while the block runs; the gradient of the model's loss; the
+# gradient of the norm of the block's outputs; or trials with the whole model in memory.
+Source = Literal["inputs", "loss", "output", "trials"]
 
 _TOKENS = 256  # tokens squared at a time: the temporary then stays in a core's cache
 _PANELS = 4  # of the Gram matrix: 5/8 of the full product's work; narrower panels multiply more slowly
 
 
-class Statistic(Protocol):
-    """A running sum over calibration tokens. Statistics of parts of the data add up to that of the whole."""
+class Sums(Protocol):
+    """Running sums over calibration samples. Those of parts of the data add up to those of the whole."""
+
+    source: ClassVar[Source]
+
+    @property
+    def tokens(self) -> int:
+        """How much was seen: rows of input, or samples with a gradient."""
+        ...
+
+    def finite(self) -> bool:
+        """Whether nothing that is NaN or infinite has been seen; ask before use, and name the site if not."""
+        ...
+
+    def tensors(self) -> list[Tensor]:
+        """The running sums themselves, to be summed over processes in place."""
+        ...
+
+
+class Statistic(Sums, Protocol):
+    """Running sums over the inputs of a matrix, one set per distinct input tensor."""
 
     def __init__(self, features: int, device: torch.device | str = "cpu") -> None:
         """Start from no tokens.
@@ -27,26 +50,15 @@ class Statistic(Protocol):
         """
         ...
 
-    @property
-    def tokens(self) -> int:
-        """Number of input rows seen."""
-        ...
-
     def update(self, x: Tensor, samples: int) -> None:
         """Add inputs `x [tokens, in]` of any floating dtype, which belong to `samples` calibration sequences."""
-        ...
-
-    def finite(self) -> bool:
-        """Whether no NaN or infinite input has been seen; ask before use, and name the site if not."""
-        ...
-
-    def tensors(self) -> list[Tensor]:
-        """The running sums themselves, to be summed over processes in place."""
         ...
 
 
 class InputNorm:
     """Σ_t x_tj² per input j: the size of each input (Wanda, Sun et al. 2023, arXiv:2306.11695, §3)."""
+
+    source: ClassVar[Source] = "inputs"
 
     def __init__(self, features: int, device: torch.device | str = "cpu") -> None:
         """Start from no tokens."""
@@ -90,12 +102,68 @@ class InputNorm:
         return [self._sum, self._counts]
 
 
+class InputMoments:
+    """Σ_t x_tj and Σ_t x_tj² per input j: where an input lies and how much it varies (DSnoT, arXiv:2310.08915, §3)."""
+
+    source: ClassVar[Source] = "inputs"
+
+    def __init__(self, features: int, device: torch.device | str = "cpu") -> None:
+        """Start from no tokens."""
+        self._sums = torch.zeros(2, features, dtype=torch.float64, device=device)
+        self._counts = torch.zeros(2, dtype=torch.int64, device=device)
+
+    @property
+    def samples(self) -> int:
+        """Number of calibration sequences seen."""
+        return int(self._counts[0])
+
+    @property
+    def tokens(self) -> int:
+        """Number of input rows seen."""
+        return int(self._counts[1])
+
+    @property
+    def mean(self) -> Tensor:
+        """Σ_t x_tj / samples, float32 `[in]`: the sum over a sequence, averaged over sequences."""
+        return (self._sums[0] / max(self.samples, 1)).float()
+
+    @property
+    def variance(self) -> Tensor:
+        """Mean of x_tj² minus squared mean of x_tj, both over all tokens, float32 `[in]`, at least 0."""
+        first, second = self._sums / max(self.tokens, 1)
+        return (second - first.square()).clamp_(min=0).float()
+
+    @property
+    def norm(self) -> Tensor:
+        """‖X_j‖₂ / √samples, float32 `[in]`, as that of `InputNorm`."""
+        return (self._sums[1] / max(self.samples, 1)).sqrt().float()
+
+    def update(self, x: Tensor, samples: int) -> None:
+        """Add inputs `x [tokens, in]` of any floating dtype, which belong to `samples` calibration sequences."""
+        for part in x.split(_TOKENS):
+            # float64 before squaring: the variance is a difference, small where an input hardly varies.
+            exact = part.double()
+            self._sums[0] += exact.sum(0)
+            self._sums[1] += exact.square().sum(0)
+        self._counts += torch.tensor([samples, len(x)], device=self._counts.device)
+
+    def finite(self) -> bool:
+        """Whether no NaN or infinite input has been seen."""
+        return bool(self._sums.isfinite().all())
+
+    def tensors(self) -> list[Tensor]:
+        """The running sums, to be summed over processes in place."""
+        return [self._sums, self._counts]
+
+
 class Gram:
     """XᵀX: how the inputs of a site move together, the Hessian of its squared output error up to a factor.
 
     One `[features, features]` buffer. While tokens come in only the lower panels are filled (5/8 of the work); reading
     `hessian` mirrors them in place.
     """
+
+    source: ClassVar[Source] = "inputs"
 
     def __init__(self, features: int, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32) -> None:
         """Start from no tokens; `dtype` is that of the sums, float32 or float64."""
@@ -148,9 +216,7 @@ class SiteStats(Mapping[type, Any]):
     computed once for q, k and v. It must live no longer than their block.
     """
 
-    def __init__(
-        self, statistics: Mapping[type, Statistic], site: str = "", memo: dict[Any, Any] | None = None
-    ) -> None:
+    def __init__(self, statistics: Mapping[type, Sums], site: str = "", memo: dict[Any, Any] | None = None) -> None:
         """Collect what was gathered.
 
         Args:
@@ -189,6 +255,13 @@ class SiteStats(Mapping[type, Any]):
     def unseen(self) -> bool:
         """Whether statistics were wanted and not one token came by, as happens to rarely used experts."""
         return bool(self._statistics) and all(statistic.tokens == 0 for statistic in self._statistics.values())
+
+    def joined(self, more: Mapping[type, Any], site: str) -> SiteStats:
+        """These and others, which belong to one of the sites alone; what is derived is still shared.
+
+        Only what reads the shared ones alone may be derived.
+        """
+        return SiteStats({**self._statistics, **more}, site, self._memo)
 
     def derive(self, function: Callable[[SiteStats], Value]) -> Value:
         """`function(self)`, computed once for all sites that share this input.

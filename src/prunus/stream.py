@@ -7,7 +7,8 @@ whatever the depth of the model.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from inspect import signature
@@ -144,21 +145,36 @@ class Stream:
         Returns:
             Logits (or the first output of a model without them), float32 on the CPU.
         """
+        with self.ends() as ends:
+            return ends(inputs, self.finals).float().cpu()
+
+    @contextmanager
+    def ends(self) -> Iterator[Callable[[Inputs, Mapping[str, Tensor]], Tensor]]:
+        """What lies outside of blocks, loaded: a function of inputs and towers' results that gives the first output."""
         self.weights.load(self.weights.known(self.weights.outside(block.name for block in self.blocks)))
         self.model.tie_weights()
-        walked = [block for block in self.blocks if block.tower in self.finals]
-        with replaced({block.module: self._passing(block, walked) for block in walked}):
-            output = self._call(self.model, inputs)
-        self.weights.drop(self.model)
-        return first_output(output).float().cpu()
 
-    def _passing(self, block: Block, walked: list[Block]) -> Callable:
-        """Stands for a block: the last one of a tower returns what the walk gave, the others their inputs."""
+        def run(inputs: Inputs, finals: Mapping[str, Tensor]) -> Tensor:
+            walked = [block for block in self.blocks if block.tower in finals]
+            with replaced({block.module: self._passing(block, walked, finals) for block in walked}):
+                return first_output(self._call(self.model, inputs))
+
+        try:
+            yield run
+        finally:
+            self.weights.drop(self.model)
+
+    def calls(self, batches: list[Batch]) -> None:
+        """Give every batch the calls of all blocks of the first tower that runs, without walking."""
+        self._capture(self._order(batches[-1])[0], batches, [], lambda block: None)
+
+    def _passing(self, block: Block, walked: list[Block], finals: Mapping[str, Tensor]) -> Callable:
+        """Stands for a block: the last one of a tower returns the tower's result, the others their inputs."""
         last = [other for other in walked if other.tower == block.tower][-1]
 
         def forward(*args: Any, **kwargs: Any) -> Any:
             tensors = [value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)]
-            hidden = self.finals[block.tower].to(self.device) if block is last else tensors[0]
+            hidden = finals[block.tower].to(self.device) if block is last else tensors[0]
             return in_form(self.forms[type(block.module)], hidden)
 
         return forward

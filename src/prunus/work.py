@@ -4,7 +4,8 @@
 
     run.json        what is being done (the fingerprint)
     survey/         what an allocation has measured, block by block
-    budget.json     the sparsity of every site
+    reverse/        gradients of the loss, block by block
+    budget.json     the sparsity that the allocation gave every site
     published.json  written just before OUT appears
     done/           one report per finished block, written after its shard
     checkpoint/     what becomes OUT
@@ -34,6 +35,7 @@ class Work:
         out: where the finished checkpoint will be.
         folder: the unfinished work.
         checkpoint: what becomes `out`.
+        reverse: gradients, and what the walk to them keeps.
     """
 
     def __init__(self, out: Path):
@@ -41,6 +43,7 @@ class Work:
         self.out = out
         self.folder = out.parent / f".{out.name}.prunus"
         self.checkpoint = self.folder / "checkpoint"
+        self.reverse = self.folder / "reverse"
         self._lock: Any = None
 
     @property
@@ -76,7 +79,7 @@ class Work:
                 f"{self.folder} holds an unfinished run of something else ({_differences(before, fingerprint)}). "
                 "Run the command that began it to continue, or add --restart to forget it."
             )
-        for name in ("survey", "done", "checkpoint"):
+        for name in ("survey", "reverse", "done", "checkpoint"):
             (self.folder / name).mkdir(exist_ok=True)
         self.write("run.json", dict(fingerprint))
         return before is not None
@@ -101,6 +104,14 @@ class Work:
             os.fsync(stream.fileno())
         beside.replace(path)
         _sync(path.parent)
+
+    def has(self, name: str) -> bool:
+        """Whether a file of this name is there, and so whole."""
+        return (self.folder / name).is_file()
+
+    def remove(self, name: str) -> None:
+        """Delete a file that is no longer needed."""
+        (self.folder / name).unlink(missing_ok=True)
 
     def read_tensors(self, name: str) -> dict[str, Tensor] | None:
         """The tensors written under this name, or None."""
@@ -184,7 +195,7 @@ def _differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
         else f"{name}: {one.get(name)} → {other.get(name)}"
         for name in names
     ]
-    return "; ".join(words[:4]) + ("; …" if len(words) > 4 else "")
+    return "; ".join(words[:4]) + ("; …" if len(words) > 4 else "") or "begun by another version of prunus"
 
 
 def _flat(value: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -6,10 +6,12 @@ import pytest
 import torch
 from torch import Tensor
 
+from prunus.gradients import LossGradientL1, LossGradientL2, RegionalGradient, WeightGradient
 from prunus.sites import Matrix
-from prunus.statistics import Gram, InputNorm, SiteStats
+from prunus.statistics import Gram, InputMoments, InputNorm, SiteStats
 
 SAMPLES = 2
+ALL = (InputNorm, InputMoments, Gram, LossGradientL1, LossGradientL2, RegionalGradient)
 
 
 def inputs(tokens: int, features: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -21,10 +23,21 @@ def inputs(tokens: int, features: int, seed: int = 0, dtype: torch.dtype = torch
     return (x * torch.linspace(0.5, 2, features, dtype=torch.float64)).to(dtype)
 
 
+def gradient(kind: type, x: Tensor, rows: int = 12) -> WeightGradient:
+    """As if every output had the same derivative: the gradients of two samples, each half of the tokens."""
+    made = kind((rows, x.shape[1]))
+    for part in x.chunk(SAMPLES) if len(x) else ():
+        made.update(part.float().sum(0).expand(rows, -1) / 100)
+    return made
+
+
 def statistics(x: Tensor, needs: frozenset[type] | None = None, double: bool = False) -> SiteStats:
     """All statistics of `x`, or those in `needs`, as if it were two samples."""
     made = {}
-    for kind in (InputNorm, Gram) if needs is None else needs:
+    for kind in ALL if needs is None else needs:
+        if kind.source != "inputs":
+            made[kind] = gradient(kind, x)
+            continue
         made[kind] = Gram(x.shape[1], dtype=torch.float64) if kind is Gram and double else kind(x.shape[1])
         if len(x):
             made[kind].update(x, SAMPLES)

@@ -1,7 +1,11 @@
 """A model of matrices in memory, as allocations survey it."""
 
+import json
+from contextlib import contextmanager
+
 import torch
 
+from prunus.progress import Silent
 from prunus.sites import Matrix, SiteInfo
 from prunus.statistics import SiteStats
 
@@ -18,22 +22,59 @@ class Resident:
             for matrix in block
         ]
         self.data_passes = 0
+        self.notes = {}
+        self.patience = None
+        self.progress = Silent()
 
     def measure(self, function, needs=frozenset()):
         self.data_passes += bool(needs)
         return {
             block: function(
-                matrices, {f"{block}.{s}": self._stats(x, needs) for s, (_, x) in self.blocks[block].items()}
+                matrices, {f"{block}.{s}": self._stats(x, needs, len(w)) for s, (w, x) in self.blocks[block].items()}
             )
             for block, matrices in self.matrices.items()
         }
 
-    def _stats(self, x, needs):
-        made = {kind: kind(x.shape[1]) for kind in needs}
-        for statistic in made.values():
-            if len(x):
-                statistic.update(x, 2)
-        return SiteStats(made)
+    def losses(self, batches=None):
+        rows = [x[:4] @ w.float().T for sites in self.blocks.values() for w, x in sites.values()]
+        return torch.stack([sum(row[half].square().sum() for row in rows) for half in (0, 1)]).double()[:batches]
+
+    def trials(self, trial, samples):
+        self.data_passes += 1
+        return {block: trial(matrices, self.losses) for block, matrices in self.matrices.items()}
+
+    @contextmanager
+    def whole(self, samples):
+        before = {name: [matrix.weight.clone() for matrix in block] for name, block in self.matrices.items()}
+        yield self.matrices, self.losses
+        for name, block in self.matrices.items():
+            for matrix, weight in zip(block, before[name], strict=True):
+                matrix.weight.copy_(weight)
+
+    def recall(self, name):
+        return self.notes.get(name)
+
+    def remember(self, name, value):
+        self.notes[name] = json.loads(json.dumps(value))
+        if self.patience is not None and len(self.notes) and value.get("trials", 0) >= self.patience:
+            raise KeyboardInterrupt
+        return self.recall(name)
+
+    def _stats(self, x, needs, rows):
+        return SiteStats({kind: gathered(kind, x, rows) for kind in needs})
+
+
+def gathered(kind, x, rows):
+    """A statistic of inputs, or the gradient of a matrix whose outputs all have the same derivative."""
+    if kind.source == "inputs":
+        made = kind(x.shape[1])
+        if len(x):
+            made.update(x, 2)
+        return made
+    made = kind((rows, x.shape[1]))
+    for part in x.chunk(2) if len(x) else ():
+        made.update(part.sum(0).expand(rows, -1) / 100)
+    return made
 
 
 def model(shapes, seed=0, dtype=torch.float32, equal=False):

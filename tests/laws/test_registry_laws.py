@@ -135,4 +135,4 @@ def test_the_catalogue_lists_every_part_once():
     assert wanda["needs"] == [InputNorm.__name__]
     assert "2306.11695" in wanda["paper"]
     sweep = next(row for row in rows() if row["name"] == "obs" and row["kind"] == "update")
-    assert sweep["defaults"] == {"block": 128, "damp": 0.01, "compat": "exact"}
+    assert sweep["defaults"] == {"block": 128, "damp": 0.01, "compat": "exact", "bits": 0}

@@ -7,12 +7,14 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from prunus.statistics import Gram, InputNorm, SiteStats
+from prunus.statistics import Gram, InputMoments, InputNorm, SiteStats
 
-KINDS = (InputNorm, Gram)
+KINDS = (InputNorm, InputMoments, Gram)
 
 
 def value(statistic):
+    if isinstance(statistic, InputMoments):
+        return torch.stack([statistic.mean, statistic.variance, statistic.norm.square()])
     return statistic.hessian if isinstance(statistic, Gram) else statistic.mean_square
 
 
@@ -40,6 +42,22 @@ def test_the_values_are_the_formulas(x):
     torch.testing.assert_close(filled(InputNorm, x).mean_square, (exact.square().sum(0) / 4).float())
     torch.testing.assert_close(filled(InputNorm, x).norm, (exact.square().sum(0) / 4).sqrt().float())
     torch.testing.assert_close(filled(Gram, x).hessian, (2 / 4 * exact.T @ exact).float(), rtol=1e-5, atol=1e-5)
+    moments = filled(InputMoments, x)
+    torch.testing.assert_close(moments.mean, (exact.sum(0) / 4).float())
+    torch.testing.assert_close(moments.variance, exact.var(0, unbiased=False).float())
+    torch.testing.assert_close(moments.norm, filled(InputNorm, x).norm)
+
+
+def test_the_variance_of_an_input_far_from_zero_is_not_lost_in_rounding():
+    x = 4096 + torch.tensor([[0.0], [0.25]]).repeat(500, 1)
+    assert filled(InputMoments, x).variance.item() == pytest.approx(1 / 64, rel=1e-6)
+    assert filled(InputMoments, torch.full((999, 1), 1 / 3)).variance.item() == pytest.approx(0, abs=1e-15)
+
+
+def test_a_double_input_is_not_changed_by_being_counted():
+    x = torch.full((3, 2), 2.0, dtype=torch.float64)
+    filled(InputMoments, x)
+    assert (x == 2).all()
 
 
 @pytest.mark.parametrize("features", [1, 2, 3, 5, 24, 513])

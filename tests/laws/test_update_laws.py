@@ -244,7 +244,9 @@ def test_sites_with_the_same_input_factor_once(weight, x, gather, site, monkeypa
     assert len(calls) == 1
 
 
-@pytest.mark.parametrize("wrong", [{"block": 0}, {"damp": -0.1}, {"damp": 1.5}, {"compat": "refrence"}])
+@pytest.mark.parametrize(
+    "wrong", [{"block": 0}, {"damp": -0.1}, {"damp": 1.5}, {"compat": "refrence"}, {"bits": 1}, {"bits": 9}]
+)
 def test_settings_out_of_range_are_refused(wrong):
     with pytest.raises(RecipeError, match=f"update.{next(iter(wrong))}"):
         OBSSweep(**wrong)

@@ -7,8 +7,9 @@ import pytest
 import torch
 
 from prunus.allocations import OWL
+from prunus.gradients import LossGradientL1, RegionalGradient
 from prunus.methods import METHODS
-from prunus.metrics import METRICS
+from prunus.metrics import GBLM, METRICS
 from prunus.sites import Matrix, SiteInfo
 from prunus.statistics import Gram, InputNorm, SiteStats
 
@@ -49,6 +50,55 @@ def test_wanda(weight, x):
     for i in range(OUT):
         wanted = [abs(w[i][j]) * norm[j] for j in range(IN)]
         assert scores("wanda", weight, x)[i] == pytest.approx(wanted, rel=1e-6)
+
+
+@pytest.mark.parametrize(
+    "settings, power, alpha",
+    [
+        ({}, 1, 100 * 128),
+        ({"norm": "l2"}, 2, 100 * sqrt(128)),
+        ({"compat": "reference"}, 1, 100 * 3),
+        ({"compat": "reference", "norm": "l2"}, 2, 100 * sqrt(3)),
+        ({"alpha": 7.0}, 1, 7.0),
+    ],
+)
+def test_gblm(settings, power, alpha, weight, x):
+    metric = GBLM(**settings)
+    g = torch.randn(SAMPLES, OUT, IN, generator=torch.Generator().manual_seed(2))
+    gradient = metric.kind((OUT, IN))
+    for one in g:
+        gradient.update(one)
+    found = metric(weight, gathered(x).joined({metric.kind: gradient}, "site"))(weight, slice(0, IN))
+    w, t = weight.tolist(), x.tolist()
+    for i in range(OUT):
+        for j in range(IN):
+            norm = sqrt(sum(t[k][j] ** 2 for k in range(TOKENS)) / SAMPLES)
+            mean = (sum(abs(float(g[k][i][j])) ** power for k in range(SAMPLES)) / SAMPLES) ** (1 / power)
+            assert float(found[i, j]) == pytest.approx(abs(w[i][j]) * (norm + alpha * mean), rel=1e-5)
+
+
+def test_gblm_with_alpha_0_is_wanda_and_with_a_huge_one_ranks_by_the_gradient(weight, x):
+    gradient = LossGradientL1((OUT, IN))
+    gradient.update(torch.randn(OUT, IN, generator=torch.Generator().manual_seed(2)))
+    stats = gathered(x).joined({LossGradientL1: gradient}, "site")
+    whole = slice(0, IN)
+    assert torch.equal(GBLM(alpha=0.0)(weight, stats)(weight, whole), METRICS["wanda"](weight, stats)(weight, whole))
+    ranks = GBLM(alpha=1e9)(weight, stats)(weight, whole).argsort(1)
+    assert torch.equal(ranks, METRICS["taylor"](weight, stats)(weight, whole).argsort(1))
+
+
+def test_wanda_plus_plus(weight, x):
+    g = torch.randn(SAMPLES, OUT, IN, generator=torch.Generator().manual_seed(2))
+    gradient = RegionalGradient((OUT, IN))
+    for one in g:
+        gradient.update(one)
+    found = METRICS["regional"](weight, gathered(x).joined({RegionalGradient: gradient}, "site"))(weight, slice(0, IN))
+    w, t = weight.tolist(), x.tolist()
+    for i in range(OUT):
+        for j in range(IN):
+            norm = sqrt(sum(t[k][j] ** 2 for k in range(TOKENS)) / SAMPLES)
+            root = sqrt(sum(float(g[k][i][j]) ** 2 for k in range(SAMPLES)) / SAMPLES)
+            assert float(found[i, j]) == pytest.approx(abs(w[i][j]) * (100 * root + norm), rel=1e-5)
 
 
 def test_ria(weight, x):

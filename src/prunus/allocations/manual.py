@@ -35,7 +35,7 @@ class Manual:
     file: str = ""
 
     paper: ClassVar[str] = ""
-    needs: ClassVar[frozenset[type]] = frozenset()
+    needs = frozenset[type]()
     foreseeable: ClassVar[bool] = True
 
     def divide(self, survey: Survey, sparsity: float) -> dict[str, float]:

@@ -38,7 +38,7 @@ class OWL:
     compat: Compat = "exact"
 
     paper: ClassVar[str] = "Yin et al. 2023, arXiv:2310.05175"
-    needs: ClassVar[frozenset[type]] = frozenset({InputNorm})
+    needs = frozenset[type]({InputNorm})
     foreseeable: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
@@ -64,7 +64,8 @@ class OWL:
         for site in survey.sites:
             sizes[site.block] += site.size
         found = survey.measure(self.outliers, self.needs)
-        blocks = self._blocks({block: float(found[block]) for block in sizes}, sizes, sparsity)
+        importance = {block: float(found[block]) for block in sizes}
+        blocks = by_importance(importance, sizes, sparsity, span=self.span, compat=self.compat)
         return {site.name: blocks[site.block] for site in survey.sites}
 
     def outliers(self, matrices: list[Matrix], stats: Mapping[str, SiteStats]) -> Tensor:
@@ -80,13 +81,29 @@ class OWL:
         above = sum(int((weight.float().abs() * norm > threshold).sum()) for weight, norm in seen)
         return torch.tensor(above / size, dtype=torch.float64)
 
-    def _blocks(self, ratio: Mapping[str, float], sizes: Mapping[str, int], sparsity: float) -> dict[str, float]:
-        """Block name -> sparsity from its outlier ratio; the same for all if all ratios are equal."""
-        low, high = min(ratio.values(), default=0.0), max(ratio.values(), default=0.0)
-        spread = high - low or 1.0
-        kept = {block: (value - low) / spread * 2 * self.span for block, value in ratio.items()}
-        mean = sum(kept.values()) / max(len(kept), 1)
-        raw = {block: sparsity + mean - value for block, value in kept.items()}
-        if self.compat == "exact":
-            return project(raw, sizes, sparsity)
-        return {block: value if value > 0 else 0.01 for block, value in raw.items()}
+
+def by_importance(
+    importance: Mapping[str, float], sizes: Mapping[str, int], sparsity: float, *, span: float, compat: Compat
+) -> dict[str, float]:
+    """s_b = s + mean(u) - u_b with u_b from 0 for the least important block to 2·span for the most.
+
+    The same for all if all are equally important.
+
+    Args:
+        importance: block -> any real number.
+        sizes: block -> number of weights.
+        sparsity: of all blocks together.
+        span: half of what the sparsest and the densest block differ by.
+        compat: `exact` meets the target within [0, 0.99]; `reference` as published, see `OWL`.
+
+    Raises:
+        RecipeError: if `exact` and the target is above 0.99.
+    """
+    low, high = min(importance.values(), default=0.0), max(importance.values(), default=0.0)
+    spread = high - low or 1.0
+    kept = {block: (value - low) / spread * 2 * span for block, value in importance.items()}
+    mean = sum(kept.values()) / max(len(kept), 1)
+    raw = {block: sparsity + mean - value for block, value in kept.items()}
+    if compat == "exact":
+        return project(raw, sizes, sparsity)
+    return {block: value if value > 0 else 0.01 for block, value in raw.items()}

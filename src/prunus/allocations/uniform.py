@@ -13,7 +13,7 @@ class Uniform:
     """s_i = s for every matrix: what the papers of the metrics do."""
 
     paper: ClassVar[str] = ""
-    needs: ClassVar[frozenset[type]] = frozenset()
+    needs = frozenset[type]()
     foreseeable: ClassVar[bool] = True
 
     def divide(self, survey: Survey, sparsity: float) -> dict[str, float]:

@@ -93,7 +93,7 @@ RECIPE: dict[str, OptionInfo] = {
         "--calibration NAME|FILE",
         TEXT,
         "wikitext2 (comes with prunus), a .txt, .jsonl or .parquet file (or .gz of it), a .npy of token ids [samples, "
-        "length], or a data set of the hub. Default: wikitext2.",
+        "length], or a data set of the hub, such as c4. Default: wikitext2.",
     ),
     "samples": option("--samples N", TEXT, "Sequences drawn from it, at least 1. Default: 128, or all rows of a .npy."),
     "length": option(

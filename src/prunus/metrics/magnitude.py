@@ -17,7 +17,7 @@ class Magnitude:
     """|W_ij|. Needs no data; the baseline every other metric must beat."""
 
     paper: ClassVar[str] = "Han et al. 2015, arXiv:1506.02626"
-    needs: ClassVar[frozenset[type]] = frozenset()
+    needs = frozenset[type]()
 
     def __call__(self, weight: Tensor, stats: SiteStats) -> Scorer:
         """Scores `[out, cols]` in the units of the weight; reads no statistic."""

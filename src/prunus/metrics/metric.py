@@ -20,7 +20,11 @@ class Metric(Protocol):
     """Says which weights of a matrix matter. A frozen dataclass whose fields are its hyper-parameters."""
 
     paper: ClassVar[str]
-    needs: ClassVar[frozenset[type]]
+
+    @property
+    def needs(self) -> frozenset[type]:
+        """Types of statistics that it reads."""
+        ...
 
     def __call__(self, weight: Tensor, stats: SiteStats) -> Scorer:
         """Prepare the scores of one matrix.

@@ -29,7 +29,7 @@ class OBS:
     damp: float = 0.01
 
     paper: ClassVar[str] = "Frantar & Alistarh 2023, arXiv:2301.00774"
-    needs: ClassVar[frozenset[type]] = frozenset({Gram})
+    needs = frozenset[type]({Gram})
 
     def __post_init__(self) -> None:
         """Check the range.

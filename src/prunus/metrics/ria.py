@@ -29,7 +29,7 @@ class RIA:
     power: float = 0.5
 
     paper: ClassVar[str] = "Zhang et al. 2024, ICLR, openreview Tr0lPx9woF"
-    needs: ClassVar[frozenset[type]] = frozenset({InputNorm})
+    needs = frozenset[type]({InputNorm})
 
     def __post_init__(self) -> None:
         """Check the range.

@@ -20,7 +20,7 @@ class Wanda:
     """
 
     paper: ClassVar[str] = "Sun et al. 2023, arXiv:2306.11695"
-    needs: ClassVar[frozenset[type]] = frozenset({InputNorm})
+    needs = frozenset[type]({InputNorm})
 
     def __call__(self, weight: Tensor, stats: SiteStats) -> Scorer:
         """Scores `[out, cols]` in units of the output, float32. Without a token: |W|."""

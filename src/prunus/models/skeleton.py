@@ -31,7 +31,7 @@ def skeleton(folder: Path, dtype: torch.dtype = torch.float32, trust_remote_code
         model = _build(config, folder, dtype, trust_remote_code)
     model.tie_weights()
     model.config.use_cache = False
-    return model.eval()
+    return model.requires_grad_(False).eval()
 
 
 def parameter_count(model: PreTrainedModel) -> int:

@@ -15,7 +15,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import NamedTuple
 
-from prunus.errors import ModelError, near
+from prunus.errors import ModelError, guess, near
 
 LOGGER = logging.getLogger("prunus")
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
@@ -202,22 +202,22 @@ def _from_hub(name: str, wanted: tuple[str, ...]) -> Path:
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, RepositoryNotFoundError
 
     if not HUB_ID.fullmatch(name):
-        raise ModelError(f"There is no folder or file {name}.{near(name, _known(name))}")
+        raise ModelError(f"There is no folder or file {name}.{_meant(name)}")
     try:
         return Path(snapshot_download(name, allow_patterns=list(wanted), ignore_patterns=list(UNWANTED)))
     except (RepositoryNotFoundError, HFValidationError) as problem:
         reason = "the hub has no such model (or it is private: hf auth login)"
-        raise ModelError(f"There is no folder {name}, and {reason}.{near(name, _known(name))}") from problem
+        raise ModelError(f"There is no folder {name}, and {reason}.{_meant(name)}") from problem
     except (OSError, HfHubHTTPError) as problem:
         reason = "the hub cannot be reached and it was not downloaded before"
-        raise ModelError(f"There is no folder {name}, and {reason}.{near(name, _known(name))}") from problem
+        raise ModelError(f"There is no folder {name}, and {reason}.{_meant(name)}") from problem
 
 
-def _known(name: str) -> list[str]:
-    """Names that could have been meant: aliases, models in huggingface_hub's cache, folders beside a missing one."""
+def _meant(name: str) -> str:
+    """What could have been meant: an alias, a model in huggingface_hub's cache, a folder beside a missing one."""
     from huggingface_hub.constants import HF_HUB_CACHE
 
     cached = [folder.name[8:].replace("--", "/") for folder in Path(HF_HUB_CACHE).glob("models--*")]
     parent = Path(name).expanduser().parent
     beside = [str(file.parent) for file in parent.glob("*/config.json")] if parent.is_dir() else []
-    return [*ALIASES, *cached, *beside[:20]]
+    return f"{guess(name, [*ALIASES, *cached, *beside])} These need no network: {', '.join(sorted(ALIASES))}."

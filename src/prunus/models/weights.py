@@ -87,6 +87,7 @@ class Weights:
         )
         with _quiet_progress():
             info, _ = convert_and_load_state_dict_in_model(self.model, state, config)
+        self.model.requires_grad_(False)  # only a reverse walk wants gradients, and of a few matrices
         for name, found, expected in info.mismatched_keys:
             raise ModelError(f"{name}: the checkpoint has the shape {tuple(found)}, the config {tuple(expected)}.")
         for name, error in info.conversion_errors.items():

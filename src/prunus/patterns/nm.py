@@ -79,7 +79,7 @@ class NM:
         if site.shape[1] % self.m:
             raise RecipeError(
                 f"{site.name} has {site.shape[1]} inputs, not a multiple of M={self.m}."
-                " Use another N:M or unstructured, or add it to `ignore`."
+                " Use another N:M or unstructured, or leave it alone with --ignore."
             )
 
     def settle(self, budget: Mapping[str, float], sizes: Mapping[str, int], target: float) -> dict[str, float]:

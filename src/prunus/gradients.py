@@ -1,0 +1,83 @@
+"""What is learned about a matrix from gradients: running sums with one value per weight, one set per matrix."""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from prunus.statistics import Source
+
+
+class WeightGradient:
+    """Σ_k |∂L_k/∂W_ij|^power over calibration samples k, float32: what the kinds below have in common.
+
+    Signs are lost on purpose: gradients of single samples point in all directions and would cancel.
+    """
+
+    source: ClassVar[Source]
+    power: ClassVar[int]
+
+    def __init__(self, shape: tuple[int, int], device: torch.device | str = "cpu") -> None:
+        """Start from no samples; `shape` is `(out, in)`."""
+        self._sum = torch.zeros(shape, dtype=torch.float32, device=device)
+        self._counts = torch.zeros(2, dtype=torch.int64, device=device)
+
+    @property
+    def samples(self) -> int:
+        """Number of calibration sequences whose gradient was added."""
+        return int(self._counts[0])
+
+    @property
+    def tokens(self) -> int:
+        """Number of samples that reached the matrix; a rarely used expert may have none."""
+        return int(self._counts[1])
+
+    @property
+    def mean(self) -> Tensor:
+        """(Σ_k |g_k|^power / samples)^(1/power), `[out, in]`: mean of |g|, or root mean square. A fresh tensor."""
+        mean = self._sum / max(self.samples, 1)
+        return mean.sqrt_() if self.power == 2 else mean
+
+    def update(self, gradient: Tensor | None) -> None:
+        """Add the gradient `[out, in]` of one sample; None where the sample did not reach the matrix."""
+        self._counts[0] += 1
+        if gradient is not None:
+            # float32: float16, as published, drops increments below 1/2048 of the sum.
+            self._sum += gradient.float().square() if self.power == 2 else gradient.float().abs()
+            self._counts[1] += int(gradient.any())
+
+    def finite(self) -> bool:
+        """Whether no NaN or infinite gradient has been added."""
+        return bool(self._sum.isfinite().all())
+
+    def tensors(self) -> list[Tensor]:
+        """The running sums, to be summed over processes in place, and to be kept on disk."""
+        return [self._sum, self._counts]
+
+    def restore(self, tensors: list[Tensor]) -> None:
+        """Continue from what `tensors` gave."""
+        for own, stored in zip(self.tensors(), tensors, strict=True):
+            own.copy_(stored)
+
+
+class LossGradientL1(WeightGradient):
+    """|∂L/∂W| of the language-modelling loss of the dense model (GBLM-Pruner, Das et al. 2023, arXiv:2311.04902)."""
+
+    source: ClassVar[Source] = "loss"
+    power: ClassVar[int] = 1
+
+
+class LossGradientL2(WeightGradient):
+    """(∂L/∂W)² of the language-modelling loss of the dense model, the empirical Fisher information."""
+
+    source: ClassVar[Source] = "loss"
+    power: ClassVar[int] = 2
+
+
+class RegionalGradient(WeightGradient):
+    """(∂‖block(X)‖₂/∂W)², which needs no pass through the model (Wanda++, Yang et al. 2025, arXiv:2503.04992)."""
+
+    source: ClassVar[Source] = "output"
+    power: ClassVar[int] = 2
