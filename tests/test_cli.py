@@ -611,7 +611,11 @@ def test_a_fault_of_ours_is_told_as_one(
 
 def _process(*words: str, **others: Any) -> subprocess.Popen[str]:
     command = [sys.executable, "-m", "prunus", *words] if words[0] != "-c" else [sys.executable, *words]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **others)
+    # Jobs that a shell starts in the background ignore Ctrl-C, and so would their children.
+    listen = lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)  # noqa: E731
+    return subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, preexec_fn=listen, **others
+    )
 
 
 def test_help_comes_at_once_and_without_heavy_imports() -> None:

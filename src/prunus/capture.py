@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import Cache
 
 from prunus.errors import ModelError
 from prunus.sites import Block
@@ -119,6 +120,8 @@ class Recorder:
                 raise ModelError(SIDE_CHANNEL.format(f"The block after {self.extras[id(value)]}"))
             if isinstance(value, Tensor):
                 return self._stored_once(value)
+            if isinstance(value, Cache):
+                return None  # it would grow with every run of the block
             if isinstance(value, (tuple, list)):
                 return type(value)(take(item) for item in value) if type(value) in (tuple, list) else value
             # Anything else is handed on as it is; blocks that share a growing dictionary then share it in the replay.

@@ -30,7 +30,8 @@ def skeleton(folder: Path, dtype: torch.dtype = torch.float32, trust_remote_code
     with init_empty_weights(include_buffers=False), no_init_weights():
         model = _build(config, folder, dtype, trust_remote_code)
     model.tie_weights()
-    model.config.use_cache = False
+    for part in (model.config, model.config.get_text_config()):
+        part.use_cache = False  # a block is run twice on the same tokens; a cache would hold the first run's
     return model.requires_grad_(False).eval()
 
 
