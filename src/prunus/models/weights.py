@@ -116,18 +116,21 @@ class Weights:
         Raises:
             ModelError: converting back does not give the tensors that were read; nothing can be saved safely then.
         """
-        tensors = dict(self.checkpoint.read(self.sources(prefix)))
         changed = set(changed)
-        if not changed:
-            return tensors
-        for name, value in self._reverted(prefix, changed).items():
-            stored = tensors.get(name)
-            if stored is None or stored.shape != value.shape:
+        new = self._reverted(prefix, changed) if changed else {}
+        for name, value in new.items():
+            stored = self.checkpoint.tensors.get(name)
+            if stored is None or stored.shape != tuple(value.shape):
                 raise ModelError(
                     f"{prefix}: transformers' conversion gives {name}, which the checkpoint does not hold."
                 )
-            tensors[name] = _stored_or_new(stored, value.cpu()).contiguous()
-        return tensors
+        # What was changed in the dtype on disk need not be read again.
+        kept = [name for name in self.sources(prefix) if name not in new]
+        narrowed = [name for name, value in new.items() if value.dtype != self.checkpoint.tensors[name].dtype]
+        tensors = {**dict(self.checkpoint.read(kept)), **{name: value.cpu() for name, value in new.items()}}
+        for name, stored in self.checkpoint.read(narrowed):
+            tensors[name] = _stored_or_new(stored, tensors[name])
+        return {name: value.contiguous() for name, value in tensors.items()}
 
     def check_reversible(self, prefix: str) -> None:
         """See that a freshly loaded block, converted back, is what was read.
