@@ -137,3 +137,24 @@ def test_an_old_folder_survives_a_kill_at_any_rename(whole: tuple[Path, int], tm
         assert (out / "precious").exists() or beside.exists()
     assert run(out, 0, "--overwrite").returncode == 0
     assert digests(out) == digests(reference)
+
+
+def test_a_run_that_is_refused_before_its_first_measurement_leaves_nothing_in_the_way(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    refused = run(out, 0, "--allocation", "ecoflap", "--set", "allocation.ceiling=0.3")
+    assert refused.returncode == 2
+    assert "allocation.ceiling is 0.3" in refused.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_refusal_does_not_touch_the_work_of_another_process(tmp_path: Path) -> None:
+    from prunus.errors import RecipeError
+    from prunus.work import Work
+
+    owner, other = Work(tmp_path / "out"), Work(tmp_path / "out")
+    owner.begin({"recipe": 1}, restart=False)
+    with pytest.raises(RecipeError, match="Another prunus process"):
+        other.begin({"recipe": 1}, restart=False)
+    other.close_refused()
+    assert owner.read("run.json") == {"recipe": 1}
+    owner.close(remove=True)

@@ -17,6 +17,7 @@ from prunus import memory
 from prunus.data.tokens import folder_positions
 from prunus.distributed import Processes
 from prunus.edits import apply
+from prunus.errors import PrunusError
 from prunus.evidence import Evidence, of_inputs
 from prunus.job import Job, check_out, prepare
 from prunus.models.checkpoint import Checkpoint
@@ -59,6 +60,10 @@ def prune(
             with clock("prepare"):
                 job = prepare(recipe, Path(out).resolve(), overwrite=overwrite, processes=processes, warnings=warnings)
             result = _published(job, restart) or _run(job, restart, progress, clock)
+    except PrunusError:
+        if job is not None:
+            job.work.close_refused()
+        raise
     finally:
         progress.close()
         if job is not None:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from prunus.progress import Progress
-from prunus.reverse import Found, Kinds, Reverse, backward, differentiable
+from prunus.reverse import Found, Kinds, Reverse, add_up, backward, differentiable
 from prunus.sites import Block
 from prunus.statistics import SiteStats
 from prunus.stream import Batch, Needs, Step, Stream
@@ -65,7 +65,7 @@ class Evidence:
         found = {} if found is None else found
         wanted = of_gradients(needs) & self.kinds
         if wanted:
-            _merge(found, self.reverse.read(block, self.kinds))
+            _merge(found, self.reverse.read(block, wanted))
         if not found:
             return dict(stats)
         empty = SiteStats({}, block.name)
@@ -81,9 +81,8 @@ class Evidence:
                 if batch.samples:
                     assert batch.hidden is not None
                     backward(block, batch, batch.hidden, _unit, found, onward=False)
-        for sums in found.values():
-            for gradient in sums.values():
-                self.processes.add_up(gradient.tensors())
+        for name, sums in found.items():
+            add_up(name, sums, self.processes)
         return found
 
 

@@ -15,6 +15,20 @@ _LOG = logging.getLogger("prunus")
 _RAISES = (1, 10, 100, 1000)  # the wanted damping, then three tries with ten times more
 
 
+def check_damp(setting: str, damp: float) -> None:
+    """Refuse a damping that is no share of the mean diagonal.
+
+    Args:
+        setting: how the user wrote it, such as `update.damp`.
+        damp: its value.
+
+    Raises:
+        RecipeError: it is outside [0, 1].
+    """
+    if not 0 <= damp <= 1:
+        raise RecipeError(f"{setting} is {damp:g}; it must be in [0, 1] (SparseGPT and ALPS use 0.01).")
+
+
 @dataclass(frozen=True, eq=False)
 class Factored:
     """A damped Hessian, factored.

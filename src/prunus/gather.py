@@ -101,5 +101,7 @@ class Gatherer:
             slot = self.slots[name]
             device = getattr(slot.module, slot.attribute).device
             columns = slot.info.shape[1]
-            self.stats[name] = SiteStats({kind: kind(columns, device) for kind in self.needs}, name)
+            # By name: a set of types has another order in every process, and sums are added up in order.
+            kinds = sorted(self.needs, key=lambda kind: kind.__name__)
+            self.stats[name] = SiteStats({kind: kind(columns, device) for kind in kinds}, name)
         return list(self.stats[name].values())

@@ -7,10 +7,10 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from prunus.statistics import Source
+from prunus.statistics import Counted, Source
 
 
-class WeightGradient:
+class WeightGradient(Counted):
     """Σ_k |∂L_k/∂W_ij|^power over calibration samples k, float32: what the kinds below have in common.
 
     Signs are lost on purpose: gradients of single samples point in all directions and would cancel.
@@ -22,17 +22,7 @@ class WeightGradient:
     def __init__(self, shape: tuple[int, int], device: torch.device | str = "cpu") -> None:
         """Start from no samples; `shape` is `(out, in)`."""
         self._sum = torch.zeros(shape, dtype=torch.float32, device=device)
-        self._counts = torch.zeros(2, dtype=torch.int64, device=device)
-
-    @property
-    def samples(self) -> int:
-        """Number of calibration sequences whose gradient was added."""
-        return int(self._counts[0])
-
-    @property
-    def tokens(self) -> int:
-        """Number of samples that reached the matrix; a rarely used expert may have none."""
-        return int(self._counts[1])
+        super().__init__(device)
 
     @property
     def mean(self) -> Tensor:
@@ -42,11 +32,11 @@ class WeightGradient:
 
     def update(self, gradient: Tensor | None) -> None:
         """Add the gradient `[out, in]` of one sample; None where the sample did not reach the matrix."""
-        self._counts[0] += 1
+        reached = gradient is not None and bool(gradient.any())
+        self._count(1, int(reached))
         if gradient is not None:
             # float32: float16, as published, drops increments below 1/2048 of the sum.
             self._sum += gradient.float().square() if self.power == 2 else gradient.float().abs()
-            self._counts[1] += int(gradient.any())
 
     def finite(self) -> bool:
         """Whether no NaN or infinite gradient has been added."""

@@ -192,6 +192,8 @@ def _time(
     """
     if device.type != "cpu":
         return {"seconds": None, "basis": "unknown before the first block on this device"}
+    if any(kind.source == "trials" for kind in allocation.needs):
+        return {"seconds": None, "basis": "mostly that of the allocation's trials on the whole model; its settings say"}
     gradients = of_gradients(method.needs | allocation.needs)
     walks = 2 * bool(method.needs - gradients) + bool(allocation.needs - gradients)
     # Forward, forward again, and a backward of twice the work.

@@ -8,12 +8,13 @@ Memory does not grow with depth; the disk holds the inputs of all blocks meanwhi
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 
 import torch
 from torch import Tensor
 
+from prunus.distributed import Processes
 from prunus.errors import ModelError
 from prunus.gradients import WeightGradient
 from prunus.loss import language_loss
@@ -135,10 +136,8 @@ class Reverse:
         """Add up over processes and write."""
         tensors = {}
         for name, sums in found.items():
-            for kind, gradient in sorted(sums.items(), key=lambda item: item[0].__name__):
-                self.stream.processes.add_up(gradient.tensors())
-                if not gradient.finite():
-                    raise ModelError(f"The gradients of {name} are not finite; use --dtype float32 or bfloat16.")
+            add_up(name, sums, self.stream.processes)
+            for kind, gradient in sums.items():
                 tensors |= {_key(name, kind, place): value.cpu() for place, value in enumerate(gradient.tensors())}
         self.stream.processes.on_first(lambda: self.work.write_tensors(self._sums(number), tensors))
 
@@ -202,6 +201,19 @@ def backward(
     for slot in block.slots:
         getattr(slot.module, slot.attribute).grad = None
     return inputs.grad.cpu() if inputs.grad is not None else None
+
+
+def add_up(name: str, sums: Mapping[type, WeightGradient], processes: Processes) -> None:
+    """Make the sums of one matrix those of all processes.
+
+    Raises:
+        ModelError: a gradient was NaN or infinite.
+    """
+    # The same order on every process: sets of types are not ordered alike.
+    for _, gradient in sorted(sums.items(), key=lambda item: item[0].__name__):
+        processes.add_up(gradient.tensors())
+        if not gradient.finite():
+            raise ModelError(f"The gradients of {name} are not finite; use --dtype float32 or bfloat16.")
 
 
 def _key(name: str, kind: type, place: int) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 from torch import Tensor, nn
@@ -25,6 +26,14 @@ class SiteInfo:
     def size(self) -> int:
         """Number of weights."""
         return self.shape[0] * self.shape[1]
+
+
+def block_sizes(sites: Iterable[SiteInfo]) -> dict[str, int]:
+    """Block -> number of weights in its sites, in the order of the sites."""
+    sizes: dict[str, int] = {}
+    for site in sites:
+        sizes[site.block] = sizes.get(site.block, 0) + site.size
+    return sizes
 
 
 @dataclass(frozen=True)

@@ -55,15 +55,11 @@ class Statistic(Sums, Protocol):
         ...
 
 
-class InputNorm:
-    """Σ_t x_tj² per input j: the size of each input (Wanda, Sun et al. 2023, arXiv:2306.11695, §3)."""
+class Counted:
+    """How much went into a running sum: `_counts` is `[samples, tokens]`, int64, and adds up over processes."""
 
-    source: ClassVar[Source] = "inputs"
-
-    def __init__(self, features: int, device: torch.device | str = "cpu") -> None:
-        """Start from no tokens."""
-        # float64: a sum of 10^6 squares would lose its last tokens in float32.
-        self._sum = torch.zeros(features, dtype=torch.float64, device=device)
+    def __init__(self, device: torch.device | str) -> None:
+        """Start from nothing."""
         self._counts = torch.zeros(2, dtype=torch.int64, device=device)
 
     @property
@@ -73,8 +69,23 @@ class InputNorm:
 
     @property
     def tokens(self) -> int:
-        """Number of input rows seen."""
+        """Number of input rows seen; of gradients, of samples that reached the matrix."""
         return int(self._counts[1])
+
+    def _count(self, samples: int, tokens: int) -> None:
+        self._counts += torch.tensor([samples, tokens], device=self._counts.device)
+
+
+class InputNorm(Counted):
+    """Σ_t x_tj² per input j: the size of each input (Wanda, Sun et al. 2023, arXiv:2306.11695, §3)."""
+
+    source: ClassVar[Source] = "inputs"
+
+    def __init__(self, features: int, device: torch.device | str = "cpu") -> None:
+        """Start from no tokens."""
+        # float64: a sum of 10^6 squares would lose its last tokens in float32.
+        self._sum = torch.zeros(features, dtype=torch.float64, device=device)
+        super().__init__(device)
 
     @property
     def mean_square(self) -> Tensor:
@@ -91,7 +102,7 @@ class InputNorm:
         for part in x.split(_TOKENS):
             # float32 before squaring: float16 overflows above 255.
             self._sum += part.float().square().sum(0)
-        self._counts += torch.tensor([samples, len(x)], device=self._counts.device)
+        self._count(samples, len(x))
 
     def finite(self) -> bool:
         """Whether no NaN or infinite input has been seen."""
@@ -102,7 +113,7 @@ class InputNorm:
         return [self._sum, self._counts]
 
 
-class InputMoments:
+class InputMoments(Counted):
     """Σ_t x_tj and Σ_t x_tj² per input j: where an input lies and how much it varies (DSnoT, arXiv:2310.08915, §3)."""
 
     source: ClassVar[Source] = "inputs"
@@ -110,17 +121,7 @@ class InputMoments:
     def __init__(self, features: int, device: torch.device | str = "cpu") -> None:
         """Start from no tokens."""
         self._sums = torch.zeros(2, features, dtype=torch.float64, device=device)
-        self._counts = torch.zeros(2, dtype=torch.int64, device=device)
-
-    @property
-    def samples(self) -> int:
-        """Number of calibration sequences seen."""
-        return int(self._counts[0])
-
-    @property
-    def tokens(self) -> int:
-        """Number of input rows seen."""
-        return int(self._counts[1])
+        super().__init__(device)
 
     @property
     def mean(self) -> Tensor:
@@ -145,7 +146,7 @@ class InputMoments:
             exact = part.double()
             self._sums[0] += exact.sum(0)
             self._sums[1] += exact.square().sum(0)
-        self._counts += torch.tensor([samples, len(x)], device=self._counts.device)
+        self._count(samples, len(x))
 
     def finite(self) -> bool:
         """Whether no NaN or infinite input has been seen."""
@@ -156,7 +157,7 @@ class InputMoments:
         return [self._sums, self._counts]
 
 
-class Gram:
+class Gram(Counted):
     """XᵀX: how the inputs of a site move together, the Hessian of its squared output error up to a factor.
 
     One `[features, features]` buffer. While tokens come in only the lower panels are filled (5/8 of the work); reading
@@ -168,17 +169,7 @@ class Gram:
     def __init__(self, features: int, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32) -> None:
         """Start from no tokens; `dtype` is that of the sums, float32 or float64."""
         self._sum = torch.zeros(features, features, dtype=dtype, device=device)
-        self._counts = torch.zeros(2, dtype=torch.int64, device=device)
-
-    @property
-    def samples(self) -> int:
-        """Number of calibration sequences seen."""
-        return int(self._counts[0])
-
-    @property
-    def tokens(self) -> int:
-        """Number of input rows seen."""
-        return int(self._counts[1])
+        super().__init__(device)
 
     @property
     def hessian(self) -> Tensor:
@@ -192,7 +183,7 @@ class Gram:
         x = x.to(self._sum.dtype)
         for panel in self._panels():
             self._sum[panel, : panel.stop].addmm_(x[:, panel].T, x[:, : panel.stop])
-        self._counts += torch.tensor([samples, len(x)], device=self._counts.device)
+        self._count(samples, len(x))
 
     def _panels(self) -> list[slice]:
         """Groups of rows; of each, the columns up to its last row are summed directly."""

@@ -147,12 +147,20 @@ class Work:
             self._lock.close()
             self._lock = None
 
+    def close_refused(self) -> None:
+        """Remove the folder if this run took it and did nothing in it yet: a refusal is not worth continuing."""
+        parts = (self.folder / name for name in ("survey", "reverse", "done", "checkpoint"))
+        if self._lock is not None and not any(file for part in parts for file in part.glob("*")):
+            self.close(remove=True)
+
     def _take_lock(self) -> None:
         self._lock = (self.folder / "lock").open("w")
         try:
             # Released by the system when the process ends, however it ends.
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
+            self._lock.close()
+            self._lock = None
             raise RecipeError(
                 f"Another prunus process is writing {self.out}. Wait for it, or choose another OUT."
             ) from None

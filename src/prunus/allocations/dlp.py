@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar, get_args
@@ -58,16 +57,11 @@ class DLP:
         Raises:
             RecipeError: if the target is above 0.99.
         """
-        sizes = Counter[str]()
-        for site in survey.sites:
-            sizes[site.block] += site.size
-        found = survey.measure(self.median, self.needs)
-        medians = {block: float(found[block]) for block in sizes}
+        medians = {block: float(median) for block, median in survey.measure(self.median, self.needs).items()}
         known = [value for value in medians.values() if not math.isnan(value)]
         mean = sum(known) / max(len(known), 1)
         importance = {block: -(mean if math.isnan(value) else value) for block, value in medians.items()}
-        blocks = by_importance(importance, sizes, sparsity, span=self.span, compat=self.compat)
-        return {site.name: blocks[site.block] for site in survey.sites}
+        return by_importance(importance, survey.sites, sparsity, span=self.span, compat=self.compat)
 
     def median(self, matrices: list[Matrix], stats: Mapping[str, SiteStats]) -> Tensor:
         """D_b, the lower of two middle scores, float64 scalar. Without any token NaN: the block counts as average.

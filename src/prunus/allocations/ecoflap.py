@@ -16,7 +16,7 @@ from prunus.allocations.allocation import Survey
 from prunus.errors import RecipeError, near
 from prunus.gradients import LossGradientL1
 from prunus.patterns.selection import share
-from prunus.sites import Matrix
+from prunus.sites import Matrix, block_sizes
 from prunus.statistics import SiteStats
 from prunus.trials import Losses, WholeModel
 
@@ -28,11 +28,11 @@ Order = Literal["zeroth", "first"]
 
 @dataclass(frozen=True)
 class ECoFLaP:
-    """keep_g = (1 - ceiling)·n_g + rest·c_g / Σc: the budget goes where the loss is steep (Sung et al. 2024, §3.2).
+    """keep_g = (1 - ceiling)·n_g + rest·c_g / Σc: the budget goes where the loss is steep (Sung et al. 2024).
 
     c_g sums the importance of a block's matrices. `zeroth`: |L(W + εZ) - L(W - εZ)| / 2ε with Gaussian Z, averaged over
     batches and draws, which is √(2/π)·‖∂L/∂W‖ on average; forward passes of the whole model only, two for every matrix,
-    draw and batch. `first`: Σ|W|·mean|∂L/∂W| from the reverse walk, a hundred times cheaper and with less noise.
+    draw and batch. `first`: Σ|W|·mean|∂L/∂W| from the reverse walk, which costs four forward passes in all.
 
     A budget in weights means that of two blocks with equal scores the smaller one comes out denser. Meant for models of
     several towers, where local scores are on different scales; works for one as well.
@@ -97,9 +97,7 @@ class ECoFLaP:
                 f"allocation.ceiling is {ceiling:g}, below the wanted sparsity {sparsity:g}: no block may reach it. "
                 f"Raise it to at least {sparsity:g}."
             )
-        sizes: dict[str, int] = {}
-        for site in survey.sites:
-            sizes[site.block] = sizes.get(site.block, 0) + site.size
+        sizes = block_sizes(survey.sites)
         found = survey.measure(first_order, self.needs) if self.order == "first" else self._zeroth(survey)
         scores = {name: float(found[name].sum()) / (size if self.average else 1) for name, size in sizes.items()}
         blocks: dict[str, float] = {}

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Literal, get_args
 
@@ -13,7 +12,7 @@ from torch import Tensor
 from prunus.allocations.allocation import Survey
 from prunus.allocations.project import project
 from prunus.errors import RecipeError, near
-from prunus.sites import Matrix
+from prunus.sites import Matrix, SiteInfo, block_sizes
 from prunus.statistics import InputNorm, SiteStats
 
 Compat = Literal["exact", "reference"]
@@ -60,13 +59,9 @@ class OWL:
         Raises:
             RecipeError: if the target is above 0.99.
         """
-        sizes = Counter[str]()
-        for site in survey.sites:
-            sizes[site.block] += site.size
         found = survey.measure(self.outliers, self.needs)
-        importance = {block: float(found[block]) for block in sizes}
-        blocks = by_importance(importance, sizes, sparsity, span=self.span, compat=self.compat)
-        return {site.name: blocks[site.block] for site in survey.sites}
+        importance = {block: float(ratio) for block, ratio in found.items()}
+        return by_importance(importance, survey.sites, sparsity, span=self.span, compat=self.compat)
 
     def outliers(self, matrices: list[Matrix], stats: Mapping[str, SiteStats]) -> Tensor:
         """D_b as a fraction, float64 scalar. Matrices that saw no token have no scores and are left out."""
@@ -83,15 +78,15 @@ class OWL:
 
 
 def by_importance(
-    importance: Mapping[str, float], sizes: Mapping[str, int], sparsity: float, *, span: float, compat: Compat
+    importance: Mapping[str, float], sites: Sequence[SiteInfo], sparsity: float, *, span: float, compat: Compat
 ) -> dict[str, float]:
-    """s_b = s + mean(u) - u_b with u_b from 0 for the least important block to 2·span for the most.
+    """s_b = s + mean(u) - u_b with u_b from 0 for the least important block to 2·span for the most, by site.
 
     The same for all if all are equally important.
 
     Args:
         importance: block -> any real number.
-        sizes: block -> number of weights.
+        sites: all sites; those of a block share one sparsity.
         sparsity: of all blocks together.
         span: half of what the sparsest and the densest block differ by.
         compat: `exact` meets the target within [0, 0.99]; `reference` as published, see `OWL`.
@@ -105,5 +100,7 @@ def by_importance(
     mean = sum(kept.values()) / max(len(kept), 1)
     raw = {block: sparsity + mean - value for block, value in kept.items()}
     if compat == "exact":
-        return project(raw, sizes, sparsity)
-    return {block: value if value > 0 else 0.01 for block, value in raw.items()}
+        blocks = project(raw, block_sizes(sites), sparsity)
+    else:
+        blocks = {block: value if value > 0 else 0.01 for block, value in raw.items()}
+    return {site.name: blocks[site.block] for site in sites}

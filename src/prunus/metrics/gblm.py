@@ -23,7 +23,7 @@ SCALE, SAMPLES = 100.0, 128
 
 @dataclass(frozen=True)
 class GBLM:
-    """|W_ij|·(‖X_j‖₂ + alpha·G_ij) (Das et al. 2023, arXiv:2311.04902, eq. 4), G over samples on the dense model.
+    """|W_ij|·(‖X_j‖₂ + alpha·G_ij) (Das et al. 2023, arXiv:2311.04902), G over samples on the dense model.
 
     G is the mean of |∂L/∂W_ij| over samples (`l1`) or its root mean square (`l2`), L the loss of one sample. The
     published code sums instead, so that its balance between inputs and gradients moves with the number of samples;

@@ -7,8 +7,7 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from prunus.errors import RecipeError
-from prunus.factor import Factor
+from prunus.factor import Factor, check_damp
 from prunus.metrics.magnitude import magnitude
 from prunus.metrics.metric import Scorer
 from prunus.statistics import Gram, SiteStats
@@ -37,8 +36,7 @@ class OBS:
         Raises:
             RecipeError: if damp is outside [0, 1].
         """
-        if not 0 <= self.damp <= 1:
-            raise RecipeError(f"metric.damp is {self.damp:g}; it must be in [0, 1] (SparseGPT uses 0.01).")
+        check_damp("metric.damp", self.damp)
 
     def __call__(self, weight: Tensor, stats: SiteStats) -> Scorer:
         """Scores `[out, cols]` in units of squared output, float32. Without a token: |W|."""

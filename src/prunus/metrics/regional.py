@@ -17,7 +17,7 @@ from prunus.statistics import InputNorm, SiteStats
 
 @dataclass(frozen=True)
 class Regional:
-    """|W_ij|·(‖X_j‖₂ + alpha·G_ij) (Wanda++, Yang et al. 2025, arXiv:2503.04992, eq. 5).
+    """|W_ij|·(‖X_j‖₂ + alpha·G_ij) (Wanda++, Yang et al. 2025, arXiv:2503.04992).
 
     G is the root mean square over samples of ∂‖block(X)‖₂/∂W_ij: a gradient that one block alone gives, so that no
     backward pass through the model is needed.

@@ -15,7 +15,7 @@ from prunus.statistics import SiteStats
 
 @dataclass(frozen=True)
 class Taylor:
-    """|W_ij|·mean over samples of |∂L/∂W_ij| (Molchanov et al. 2019, arXiv:1906.10771, eq. 8, by sample).
+    """|W_ij|·mean over samples of |∂L/∂W_ij| (Molchanov et al. 2019, arXiv:1906.10771, by sample).
 
     Also GBLM-Pruner's "gradient" variant. Knows nothing of the inputs that the pruned model will give; at high
     sparsity metrics that follow the pruned prefix do better.

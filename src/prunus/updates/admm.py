@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from prunus.errors import RecipeError
-from prunus.factor import UnitDiagonal
+from prunus.factor import UnitDiagonal, check_damp
 from prunus.statistics import Gram, SiteStats
 from prunus.updates.keep import zeroed
 from prunus.updates.least_squares import LeastSquares, refit
@@ -66,8 +66,7 @@ class ADMM:
             raise RecipeError(f"update.steps is {self.steps}; it must be at least 1 (the paper uses 300).")
         if not 0 < self.rho < float("inf"):
             raise RecipeError(f"update.rho is {self.rho:g}; it must be above 0 (the paper begins with 0.1).")
-        if not 0 <= self.damp <= 1:
-            raise RecipeError(f"update.damp is {self.damp:g}; it must be in [0, 1] (the paper uses 0.01).")
+        check_damp("update.damp", self.damp)
 
     def __call__(self, weight: Tensor, choose: Choose, stats: SiteStats) -> tuple[Tensor, Tensor]:
         """The refitted weight `[out, in]` in float32 or better, +0.0 where pruned, and the mask.

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from prunus.errors import RecipeError
-from prunus.factor import Unit, UnitDiagonal
+from prunus.factor import Unit, UnitDiagonal, check_damp
 from prunus.statistics import Gram, SiteStats
 from prunus.updates.keep import zeroed
 from prunus.updates.update import Choose
@@ -50,8 +50,7 @@ class LeastSquares:
             raise RecipeError(f"update.steps is {self.steps}; it must be at least 1 (100 is the default).")
         if not 0 < self.tolerance < 1:
             raise RecipeError(f"update.tolerance is {self.tolerance:g}; it must be in (0, 1) (0.01 is the default).")
-        if not 0 <= self.damp <= 1:
-            raise RecipeError(f"update.damp is {self.damp:g}; it must be in [0, 1] (SparseGPT uses 0.01).")
+        check_damp("update.damp", self.damp)
 
     def __call__(self, weight: Tensor, choose: Choose, stats: SiteStats) -> tuple[Tensor, Tensor]:
         """The refitted weight `[out, in]` in float32 or better, +0.0 where pruned, and the mask.

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from prunus.errors import RecipeError, near
-from prunus.factor import Factor
+from prunus.factor import Factor, check_damp
 from prunus.statistics import Gram, SiteStats
 from prunus.updates.grid import Grid, row_grid
 from prunus.updates.keep import zeroed
@@ -59,8 +59,7 @@ class OBSSweep:
         """
         if self.block < 1:
             raise RecipeError(f"update.block is {self.block}; it must be at least 1 column (the paper uses 128).")
-        if not 0 <= self.damp <= 1:
-            raise RecipeError(f"update.damp is {self.damp:g}; it must be in [0, 1] (SparseGPT uses 0.01).")
+        check_damp("update.damp", self.damp)
         if self.compat not in get_args(Compat):
             raise RecipeError(f"update.compat is {self.compat!r}.{near(self.compat, get_args(Compat))}")
         if self.bits not in (0, *range(2, 9)):
