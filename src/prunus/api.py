@@ -151,7 +151,7 @@ def inspect(model: str | Path, *, progress: Progress | None = None) -> dict[str,
     return look(find(model), progress=progress)
 
 
-def export(  # noqa: PLR0913 - the options of the command
+def export(
     model: str | Path,
     out: str | Path,
     *,

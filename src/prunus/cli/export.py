@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
-from prunus.cli.options import MACHINE, Json, Quiet, option
+from prunus.cli.options import MACHINE, Json, Quiet, option, takes
 from prunus.cli.prune import Overwrite
 from prunus.cli.session import show, working
 
@@ -28,43 +28,29 @@ Model = Annotated[
 Out = Annotated[
     str, typer.Argument(metavar="OUT", show_default=False, help="New folder; for --format gguf a new .gguf file.")
 ]
-Format = Annotated[
-    str,
-    option(
+EXPORT = {
+    "format": option(
         "--format NAME",
         AS,
         "hf: a Hugging Face folder; of a stock class where one fits, else with a small modelling file inside. "
         "gguf: one file for llama.cpp. Default: hf.",
     ),
-]
-Portable = Annotated[
-    bool,
-    option(
+    "portable": option(
         "--portable",
         AS,
         "With hf: only what stock tools load, no code in the folder. Blocks of unequal widths are filled up with zeros "
         "to one width; where no stock class fits, it is refused.",
     ),
-]
-Type = Annotated[
-    str | None,
-    option("--type TYPE", AS, "With gguf: f32, f16, bf16 or q8_0. Default: the one nearest to what is stored."),
-]
-Trust = Annotated[
-    bool, option("--trust-remote-code", MACHINE, "Run Python code that the model's folder brings along; read it first.")
-]
+    "type": option("--type TYPE", AS, "With gguf: f32, f16, bf16 or q8_0. Default: the one nearest to what is stored."),
+    "trust_remote_code": option(
+        "--trust-remote-code", MACHINE, "Run Python code that the model's folder brings along; read it first."
+    ),
+}
 
 
+@takes(EXPORT)
 def export(
-    model: Model,
-    out: Out,
-    format: Format = "hf",
-    portable: Portable = False,
-    type: Type = None,
-    trust_remote_code: Trust = False,
-    overwrite: Overwrite = False,
-    as_json: Json = False,
-    quiet: Quiet = False,
+    model: Model, out: Out, overwrite: Overwrite = False, as_json: Json = False, quiet: Quiet = False, **options: Any
 ) -> None:
     """Write MODEL in a form that another tool runs, and check it by loading it again.
 
@@ -75,6 +61,7 @@ def export(
         from prunus.formats import Settings
         from prunus.formats.run import export as write
 
-        settings = Settings(portable, type, trust_remote_code)
-        result = write(model, out, format, settings, overwrite=overwrite, progress=progress)
+        kind = options.pop("format") or "hf"
+        settings = Settings(**{name: value for name, value in options.items() if value is not None})
+        result = write(model, out, kind, settings, overwrite=overwrite, progress=progress)
     show(result, report.export_text, as_json=as_json)
