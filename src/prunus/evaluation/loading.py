@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from prunus.errors import ModelError, RecipeError, near
+from prunus.models.modelling import ours
 from prunus.models.quiet import quiet
 
 if TYPE_CHECKING:
@@ -59,6 +60,7 @@ def load_model(
 
     place = check_device(device)
     kind = check_dtype(dtype, place)
+    trust_remote_code = trust_remote_code or ours(folder)
     try:
         with quiet():
             loaded: Any = AutoModelForCausalLM.from_pretrained(
@@ -71,5 +73,11 @@ def load_model(
         missing = sorted(report["missing_keys"])
         raise ModelError(
             f"{folder} lacks {len(missing)} weights of its architecture, first {missing[0]}; copy it again."
+        )
+    dropped = sorted(name for name in report["unexpected_keys"] if name.endswith(".bias"))
+    if dropped:
+        raise ModelError(
+            f"{folder} holds {len(dropped)} biases that its architecture has no place for, first {dropped[0]}; "
+            "transformers would drop them and compute something else. Its config.json does not belong to its weights."
         )
     return model.to(place).eval()

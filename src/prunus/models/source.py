@@ -148,7 +148,11 @@ def _check_own_code(folder: Path, config: dict) -> None:
     """Refuse code in the folder unless transformers has the architecture itself (Falcon and Phi-3 list both)."""
     from transformers import CONFIG_MAPPING
 
+    from prunus.models.modelling import is_ours
+
     kind = config.get("model_type")
+    if is_ours(folder, config):
+        return
     if kind not in CONFIG_MAPPING:
         raise ModelError(
             f"{folder} needs remote code: transformers has no architecture {kind!r} and config.json names Python files "
