@@ -91,8 +91,12 @@ def _check_scales(matrix: PackedMatrix, name: str) -> None:
         raise FormatError(f"{name}: {matrix.kind} values {'need' if matrix.kind in SCALED else 'have no'} scales.")
     if matrix.scales is not None:
         _check_tensor(matrix.scales, torch.float16, (matrix.rows, -(-matrix.columns // GROUP)), f"{name}.scales")
-        if not (torch.isfinite(matrix.scales) & (matrix.scales >= 0)).all():
-            raise FormatError(f"{name}.scales: a scale is NaN, infinite or negative.")
+        _check_positive(matrix.scales, name)
+
+
+def _check_positive(scales: Tensor, name: str) -> None:
+    if not (torch.isfinite(scales) & (scales >= 0)).all():
+        raise FormatError(f"{name}.scales: a scale is NaN, infinite or negative.")
 
 
 def _check_order(matrix: PackedMatrix, name: str) -> None:
@@ -117,3 +121,27 @@ def _check_tensor(tensor: Tensor, dtype: torch.dtype, shape: tuple[int, ...], na
             f"{name}: is {tensor.dtype} {list(tensor.shape)}, the format asks {dtype} {list(shape)}. The file is "
             "damaged or not a packed model; export it again."
         )
+
+
+@dataclass(frozen=True)
+class QuantizedMatrix:
+    """A matrix without zeros worth leaving out (an embedding, a head) as whole numbers and scales.
+
+    Attributes:
+        codes: int8 `[rows, columns]`, from -127 to 127.
+        scales: float16 `[rows, ceil(columns / 128)]`: what a code is multiplied by, one for every 128 columns of a row.
+    """
+
+    codes: Tensor
+    scales: Tensor
+
+
+def check_quantized(matrix: QuantizedMatrix, shape: tuple[int, int], name: str) -> None:
+    """See that codes and scales are those of a matrix of this shape.
+
+    Raises:
+        FormatError: naming the first thing that is wrong.
+    """
+    _check_tensor(matrix.codes, torch.int8, shape, f"{name}.codes")
+    _check_tensor(matrix.scales, torch.float16, (shape[0], -(-shape[1] // GROUP)), f"{name}.scales")
+    _check_positive(matrix.scales, name)
