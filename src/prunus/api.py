@@ -151,6 +151,39 @@ def inspect(model: str | Path, *, progress: Progress | None = None) -> dict[str,
     return look(find(model), progress=progress)
 
 
+def export(
+    model: str | Path,
+    out: str | Path,
+    *,
+    format: str = "hf",
+    portable: bool = False,
+    type: str | None = None,
+    trust_remote_code: bool = False,
+    overwrite: bool = False,
+    progress: Progress | None = None,
+) -> dict[str, Any]:
+    """Write `model` in a form that another tool runs, checked by loading it again. Arguments as `prunus export --help`.
+
+    Returns:
+        What `prunus export --json` prints.
+
+    Raises:
+        PrunusError: the form cannot carry the model's shape (the sentence says what could), or OUT cannot be written.
+    """
+    from prunus.formats import Settings
+    from prunus.formats.run import export as write
+
+    settings = Settings(portable, type, trust_remote_code)
+    return write(model, out, format, settings, overwrite=overwrite, progress=progress)
+
+
+def load(model: str | Path, *, device: str = "cpu", dtype: Dtype = "auto", trust_remote_code: bool = False) -> Any:
+    """The transformers model in any folder that prunus made, ready to generate. See `loading.load`."""
+    from prunus.loading import load as read
+
+    return read(model, device=device, dtype=dtype, trust_remote_code=trust_remote_code)
+
+
 def catalogue() -> list[dict[str, Any]]:
     """Every method, metric, update, pattern and allocation: `name, kind, paper, needs, defaults`."""
     from prunus.methods.catalogue import rows

@@ -40,6 +40,14 @@ def prune_text(result: Result) -> str:
     return "\n\n".join(parts)
 
 
+def export_text(result: Result) -> str:
+    """What was written, what it holds, and how it was checked."""
+    facts = {"holds": result["holds"], "size": bytes_text(result["bytes"]), "checked": result["check"]["line"]}
+    head = f"Wrote {result['model']} as {result['format']} to {result['out']}"
+    use = [f"Use it:\n  {result['use']}"] if result.get("use") else []
+    return "\n\n".join([head, pairs(facts), *_warnings(result.get("notes")), *use])
+
+
 def plan_text(result: Result) -> str:
     """What would be touched, the budget, what is left alone, and what it would take."""
     sites, sparsity, disk = result["sites"], result["sparsity"], result["disk"]

@@ -11,7 +11,7 @@ import typer
 from typer.exceptions import TyperException
 
 from prunus import __version__
-from prunus.cli import catalogue, evaluate, inspect, prune, run
+from prunus.cli import catalogue, evaluate, export, inspect, prune, run
 from prunus.cli.pages import Page, Pages
 from prunus.errors import PrunusError
 
@@ -28,6 +28,7 @@ COMMANDS = {
     "plan": (prune.plan, "Say what prune would do; reads no weights."),
     "evaluate": (evaluate.evaluate, "Measure perplexity, beside the dense model's."),
     "inspect": (inspect.inspect, "Show where the zeros of a checkpoint are."),
+    "export": (export.export, "Write a model in a form that another tool runs."),
     "run": (run.run, "Do all stages of a recipe."),
     "methods": (catalogue.methods, "List what there is to choose from."),
     "schema": (catalogue.schema, "Print the JSON schema of recipes."),

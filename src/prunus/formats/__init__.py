@@ -1,0 +1,12 @@
+"""What `prunus export` can write: one row here, one file beside it."""
+
+from __future__ import annotations
+
+from prunus.formats.format import Format, Settings
+from prunus.formats.hf import HuggingFace
+
+FORMATS: dict[str, Format] = {
+    "hf": HuggingFace(),
+}
+
+__all__ = ["FORMATS", "Format", "Settings"]
