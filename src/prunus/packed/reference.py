@@ -9,7 +9,7 @@ from prunus.packed.matrix import GROUP, KINDS, PackedMatrix, QuantizedMatrix, ro
 
 
 def unpack_plainly(matrix: PackedMatrix) -> list[list[float]]:
-    """The matrix `[rows][columns]`, number by number. This function is the specification; it needs minutes for real ones.
+    """The matrix `[rows][columns]`, number by number. This function is the specification; for real ones it is slow.
 
     int8 and int4 weights are `number * scale` in float32.
     """
