@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from prunus.models.source import locate, read_config
 
@@ -22,8 +22,14 @@ class Loader(Protocol):
         ...
 
 
+def _packed(folder: Path, *, device: str, dtype: str) -> Any:
+    from prunus.packed.model import load as read
+
+    return read(folder, device=device, dtype=dtype)
+
+
 # Value of KEY -> its loader. A folder without the key is read by transformers.
-LOADERS: dict[str, Loader] = {}
+LOADERS: dict[str, Loader] = {"packed": _packed}
 
 
 def load(

@@ -11,7 +11,7 @@ import typer
 from typer.exceptions import TyperException
 
 from prunus import __version__
-from prunus.cli import catalogue, evaluate, export, inspect, prune, run
+from prunus.cli import catalogue, evaluate, export, generate, inspect, prune, run
 from prunus.cli.pages import Page, Pages
 from prunus.errors import PrunusError
 
@@ -27,6 +27,7 @@ COMMANDS = {
     "prune": (prune.prune, "Set weights of MODEL to zero and write OUT."),
     "plan": (prune.plan, "Say what prune would do; reads no weights."),
     "evaluate": (evaluate.evaluate, "Measure perplexity, beside the dense model's."),
+    "generate": (generate.generate, "Continue a prompt, token by token."),
     "inspect": (inspect.inspect, "Show where the zeros of a checkpoint are."),
     "export": (export.export, "Write a model in a form that another tool runs."),
     "run": (run.run, "Do all stages of a recipe."),

@@ -15,6 +15,8 @@ EXAMPLES = {
 prunus export out portable --format hf --portable
 prunus export out model.gguf --format gguf
 prunus export out model-q8.gguf --format gguf --type q8_0
+prunus export out packed --format packed --values int8
+prunus export packed back --format dense
 """
 }
 
@@ -33,7 +35,8 @@ EXPORT = {
         "--format NAME",
         AS,
         "hf: a Hugging Face folder; of a stock class where one fits, else with a small modelling file inside. "
-        "gguf: one file for llama.cpp. Default: hf.",
+        "gguf: one file for llama.cpp. packed: a folder smaller by what was pruned, for prunus itself. dense: what "
+        "packed was made of. Default: hf.",
     ),
     "portable": option(
         "--portable",
@@ -42,6 +45,12 @@ EXPORT = {
         "to one width; where no stock class fits, it is refused.",
     ),
     "type": option("--type TYPE", AS, "With gguf: f32, f16, bf16 or q8_0. Default: the one nearest to what is stored."),
+    "values": option(
+        "--values KIND",
+        AS,
+        "With packed: lossless (bfloat16 where it holds every weight, else float32), bf16, int8 or int4 (one scale for "
+        "every 128 columns of a row; embeddings and head as int8). Default: lossless.",
+    ),
     "trust_remote_code": option(
         "--trust-remote-code", MACHINE, "Run Python code that the model's folder brings along; read it first."
     ),
@@ -58,10 +67,15 @@ def export(
     """
     with working(quiet=quiet) as progress:
         from prunus import report
+        from prunus.errors import RecipeError
         from prunus.formats import Settings
         from prunus.formats.run import export as write
 
         kind = options.pop("format") or "hf"
+        values = options.pop("values")
+        if values is not None and options["type"] is not None:
+            raise RecipeError("--values is the --type of packed folders; give one of them.")
+        options["type"] = values or options["type"]
         settings = Settings(**{name: value for name, value in options.items() if value is not None})
         result = write(model, out, kind, settings, overwrite=overwrite, progress=progress)
     show(result, report.export_text, as_json=as_json)

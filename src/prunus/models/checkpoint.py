@@ -59,9 +59,14 @@ class Checkpoint:
         """Read the headers of all shards.
 
         Raises:
-            ModelError: no safetensors in the folder, or an index that names a missing or outside file.
+            ModelError: no safetensors in the folder, or an index that names a missing or outside file; or a packed one.
             FormatError: a shard is truncated or its header is not what safetensors promises.
         """
+        if (folder / "packed.json").is_file():
+            raise ModelError(
+                f"{folder} is a packed model, which cannot be read as an ordinary one. Restore it first: "
+                f"prunus export {folder} NEW --format dense."
+            )
         return cls._read_headers(folder, _shards(folder))
 
     @classmethod

@@ -1,0 +1,108 @@
+"""`prunus generate`: continue a prompt, token by token."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from typing import Annotated, Any, TextIO
+
+import typer
+
+from prunus.cli.options import MACHINE, Json, Quiet, option, takes
+from prunus.cli.session import show, working
+
+EXAMPLES = {
+    "generate": """
+prunus generate smollm2 --prompt "The tree in the garden"
+prunus generate out --prompt "Once upon a time" --max-new-tokens 200 --temperature 0.8 --top-p 0.95 --seed 7
+cat story.txt | prunus generate out --prompt - --json
+"""
+}
+
+CHOICE = "Choice of tokens"
+Model = Annotated[
+    str,
+    typer.Argument(
+        metavar="MODEL", show_default=False, help="A folder, a hub id, a .gguf file or an alias such as smollm2."
+    ),
+]
+Prompt = Annotated[str, option("--prompt TEXT", CHOICE, "The beginning to continue; - reads it from standard input.")]
+GENERATE = {
+    "max_new_tokens": option("--max-new-tokens N", CHOICE, "At most so many tokens, at least 1. Default: 64."),
+    "temperature": option(
+        "--temperature T", CHOICE, "Draw tokens, with logits divided by T above 0; 0 takes the likeliest. Default: 0."
+    ),
+    "top_p": option(
+        "--top-p P",
+        CHOICE,
+        "Draw from the smallest set of tokens with probability P together, above 0 and at most 1. Default: 1, all.",
+    ),
+    "top_k": option("--top-k N", CHOICE, "Draw from the N likeliest tokens, at least 1. Default: all."),
+    "repetition_penalty": option(
+        "--repetition-penalty R", CHOICE, "Divide the logits of tokens already seen by R, at least 1. Default: 1."
+    ),
+    "seed": option("--seed N", CHOICE, "Seed of the draw; the same seed draws the same text. Default: 0."),
+    "engine": option(
+        "--engine NAME", MACHINE, "What computes: transformers (any model, any device). Default: transformers."
+    ),
+    "device": option("--device DEVICE", MACHINE, "cpu, cuda or cuda:1. Default: cpu."),
+    "dtype": option(
+        "--dtype DTYPE",
+        MACHINE,
+        "Number format of the computation: float32, bfloat16, float16 or auto (float32 on a CPU, elsewhere that of the "
+        "files). Default: auto.",
+    ),
+    "trust_remote_code": option(
+        "--trust-remote-code", MACHINE, "Run Python code that a model's folder brings along; read it first."
+    ),
+}
+NUMBERS: dict[str, type] = {
+    "max_new_tokens": int, "temperature": float, "top_p": float, "top_k": int, "repetition_penalty": float, "seed": int,
+}  # fmt: skip
+
+
+@takes(GENERATE)
+def generate(model: Model, prompt: Prompt, as_json: Json = False, quiet: Quiet = False, **options: Any) -> None:
+    """Continue a prompt with MODEL and print the text as it is made.
+
+    Prints the prompt and its continuation; with --json, one object when done.
+    """
+    out = sys.stdout
+    with working(quiet=quiet) as progress:
+        from prunus.cli.numbers import numbers
+        from prunus.decoding.sampling import Sampling
+
+        given = {name: value for name, value in options.items() if value is not None}
+        how = Sampling(**numbers({name: given.pop(name) for name in list(given) if name in NUMBERS}, NUMBERS))
+        text = sys.stdin.read().rstrip("\n") if prompt == "-" else prompt
+        # Only now, so that a slip of the pen is answered at once.
+        from prunus.decoding.text import generate as continue_text
+
+        tell = None if as_json else _teller(out, text)
+        result = continue_text(model, text, how, tell=tell, **given)
+        if not as_json:
+            out.write("\n")
+            if not quiet:
+                progress.close()
+                print(_speed(result), file=sys.stderr)
+    if as_json:
+        show(result, lambda found: found["text"], as_json=True)
+
+
+def _teller(out: TextIO, prompt: str) -> Callable[[str], None]:
+    """Writes the prompt before the first piece, so that nothing is printed for a model that cannot be loaded."""
+    begun = False
+
+    def tell(piece: str) -> None:
+        nonlocal begun
+        out.write(piece if begun else prompt + piece)
+        out.flush()
+        begun = True
+
+    return tell
+
+
+def _speed(result: dict[str, Any]) -> str:
+    ended = "end of text" if result["ended"] == "end" else "stopped at --max-new-tokens"
+    speed = f", {result['tokens_per_second']:.1f} tokens a second" if result["tokens_per_second"] else ""
+    return f"{result['tokens']} tokens{speed}; {ended}."

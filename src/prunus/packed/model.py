@@ -1,0 +1,94 @@
+"""A packed folder as a model of transformers: for every architecture, on every device."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import GenerationConfig, PreTrainedModel
+
+from prunus.evaluation.loading import DTYPES, check_device, check_dtype
+from prunus.models.checkpoint import Stored
+from prunus.models.quiet import quiet
+from prunus.models.skeleton import skeleton
+from prunus.models.weights import Weights
+from prunus.packed.folder import PLAIN, PackedFolder
+
+LOGGER = logging.getLogger("prunus")
+
+
+@dataclass(frozen=True)
+class Restored:
+    """A packed folder with the face of a `Checkpoint`: its tensors as they were, made when they are read."""
+
+    packed: PackedFolder
+
+    @property
+    def folder(self) -> Path:
+        """Where it lies."""
+        return self.packed.folder
+
+    @property
+    def tensors(self) -> Mapping[str, Stored]:
+        """Dtype and shape in the Hugging Face folder."""
+        return {
+            name: Stored(self.folder, PLAIN[entry.dtype], entry.shape, 0) for name, entry in self.packed.entries.items()
+        }
+
+    def read(self, names: Iterable[str]) -> Iterator[tuple[str, Tensor]]:
+        """The named tensors, one at a time."""
+        for name in names:
+            yield name, self.packed.dense(name)
+
+
+def load_dense(folder: Path, *, device: str = "cpu", dtype: str = "auto", keep: Iterable[str] = ()) -> PreTrainedModel:
+    """The model with all weights unpacked, in evaluation mode.
+
+    Args:
+        folder: a packed folder.
+        device: where it shall run.
+        dtype: float32, bfloat16, float16 or auto (float32 on a CPU, else that of the largest part of the files).
+        keep: names on disk of tensors to leave on the meta device.
+
+    Raises:
+        FormatError: the folder is damaged.
+        ModelError: its config.json is of another model.
+        RecipeError: unusable device or dtype.
+    """
+    packed = PackedFolder.open(folder)
+    place = check_device(device)
+    kind = check_dtype(dtype, place)
+    kind = DTYPES[main_dtype(packed)] if isinstance(kind, str) else kind
+    model = skeleton(folder, kind)
+    with quiet():
+        weights = Weights(model, Restored(packed), place)  # type: ignore[arg-type]
+        left = set(keep)
+        weights.load(weights.known(name for name in packed.entries if name not in left))
+        model.tie_weights()
+    for part in (model.config, model.config.get_text_config()):
+        part.use_cache = True
+    if (folder / "generation_config.json").is_file():
+        model.generation_config = GenerationConfig.from_pretrained(folder)
+    return model.eval()
+
+
+def main_dtype(packed: PackedFolder) -> str:
+    """The dtype of most weights of the folder that was packed."""
+    size: dict[str, int] = {}
+    for entry in packed.entries.values():
+        if entry.dtype in DTYPES:
+            size[entry.dtype] = size.get(entry.dtype, 0) + torch.Size(entry.shape).numel()
+    return max(size, key=lambda name: size[name], default="float32")
+
+
+def load(folder: Path, *, device: str = "cpu", dtype: str = "auto") -> Any:
+    """The loader of packed folders for `prunus.load`."""
+    LOGGER.warning(
+        "%s is run by transformers with its weights unpacked: nothing is faster or smaller in memory.", folder
+    )
+    return load_dense(folder, device=device, dtype=dtype)
