@@ -11,11 +11,11 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from packed_folders import HOSTILE, MANIFEST, SHARD, read_all, sign_tensors, small_folder, sparse
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 import prunus
+from packed_folders import HOSTILE, MANIFEST, SHARD, read_all, sign_tensors, small_folder, sparse
 from prunus.cli import main
 from prunus.errors import FormatError, PrunusError
 from prunus.models.checkpoint import Checkpoint
