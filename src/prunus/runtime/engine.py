@@ -1,0 +1,347 @@
+"""A model in the compiled runtime: prefill, decode and generation without PyTorch in between."""
+
+from __future__ import annotations
+
+import ctypes
+import weakref
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedConfig, PreTrainedModel
+
+from prunus.errors import ModelError, RecipeError
+from prunus.packed.matrix import PackedMatrix, QuantizedMatrix
+from prunus.runtime import plan
+from prunus.runtime.kernels import DenseLinear, Handle, Linear
+from prunus.runtime.native import MATRICES, LayerStruct, ModelStruct, Native, absence, available, require
+from prunus.runtime.plan import Architecture, Block, Norm, NotCovered
+
+# Longer contexts must be asked for: memory for keys and values is set aside for all of it.
+CONTEXT = 8192
+
+Weight = Tensor | PackedMatrix | QuantizedMatrix
+
+
+def covers(model: PreTrainedConfig | PreTrainedModel) -> str | None:
+    """Why the engine cannot run a model; None if it can.
+
+    A small random model of the same configuration is run by the engine and by transformers, once per configuration and
+    process; the logits must agree.
+    """
+    from prunus.runtime.probe import check
+
+    config = model.config if isinstance(model, PreTrainedModel) else model
+    try:
+        if available() is None:
+            return f"the compiled kernels are not available: {absence()}."
+        check(config)
+    except NotCovered as problem:
+        return str(problem)
+    return None
+
+
+class Engine:
+    """One model with its keys and values so far. Not for two threads at once.
+
+    Args:
+        config: of the model.
+        weights: by the names of transformers' parameters. Matrices: packed, quantised, or dense tensors that are used
+            as they are (float32 or bfloat16). If the head shares the embedding's weight, `lm_head.weight` may still
+            be given, for a head in another precision.
+        native: the library; by default `require()`.
+        context: positions to set memory aside for; by default what the model was made for, at most 8192.
+        rounded: int8 and int4 matrices meet activations rounded to int8; False keeps activations as floats.
+        layout: as in `kernels.Linear`.
+        verify: first compare a small random model of this configuration with transformers.
+
+    Raises:
+        NotCovered: the architecture has a part that the engine lacks.
+        ModelError: weights are missing or do not fit together.
+        FormatError: a packed matrix is damaged.
+        PrunusError: the library is not there, or there is not enough memory.
+    """
+
+    def __init__(
+        self,
+        config: PreTrainedConfig,
+        weights: Mapping[str, Weight],
+        *,
+        native: Native | None = None,
+        context: int | None = None,
+        rounded: bool = True,
+        layout: str | None = None,
+        verify: bool = True,
+    ) -> None:
+        if verify:
+            from prunus.runtime.probe import check
+
+            check(config)
+        self._native = native or require()
+        self._architecture = architecture = plan.read(config)
+        self.context = _context(context, architecture.longest)
+        self._kept: list[object] = []  # tensors and matrices whose addresses the library holds
+        parts = _Parts(self._native, weights, rounded, layout, self._kept)
+        self._struct = _model(architecture, parts, self.context)
+        self.vocabulary = self._struct.vocabulary
+        pointer = ctypes.c_void_p()
+        library = self._native.library
+        status = library.prunus_model(self._native.handle, ctypes.byref(self._struct), ctypes.byref(pointer))
+        self._native.check(status, "The model")
+        assert pointer.value is not None
+        self._pointer = pointer.value
+        weakref.finalize(self, _free, library, self._pointer, self._kept)
+
+    @property
+    def position(self) -> int:
+        """Tokens so far."""
+        return self._native.library.prunus_position(self._pointer)
+
+    @property
+    def bytes_per_token(self) -> int:
+        """Bytes of weights that one step reads; keys and values come on top."""
+        return self._native.library.prunus_bytes_per_token(self._pointer)
+
+    def reset(self, position: int = 0) -> None:
+        """Forget all tokens but the first `position`.
+
+        Raises:
+            RecipeError: there are not that many.
+        """
+        if not 0 <= position <= self.position:
+            raise RecipeError(f"There are {self.position} tokens; the engine cannot go back to {position}.")
+        self._native.check(self._native.library.prunus_rewind(self._pointer, position), "Going back")
+
+    def step(self, token: int) -> Tensor:
+        """Logits float32 [vocabulary] behind one more token.
+
+        Raises:
+            RecipeError: no token of the vocabulary, or the context is full.
+        """
+        self._check([token])
+        logits = torch.empty(self.vocabulary)
+        self._native.check(self._native.library.prunus_step(self._pointer, token, logits.data_ptr()), "A step")
+        return logits
+
+    def prefill(self, ids: Sequence[int] | Tensor, *, every: bool = False) -> Tensor:
+        """Logits float32 [vocabulary] behind the last of some tokens; `every`: behind each, [tokens, vocabulary].
+
+        Raises:
+            RecipeError: no tokens, one that is not of the vocabulary, or more than the context holds.
+        """
+        tokens = _tokens(ids)
+        self._check(tokens)
+        logits = torch.empty(len(tokens) if every else 1, self.vocabulary)
+        library = self._native.library
+        for index, token in enumerate(tokens):
+            wanted = every or index == len(tokens) - 1
+            out = logits[index if every else 0].data_ptr() if wanted else None
+            self._native.check(library.prunus_step(self._pointer, token, out), "A step")
+        return logits if every else logits[0]
+
+    def generate(
+        self,
+        ids: Sequence[int] | Tensor,
+        max_new_tokens: int,
+        *,
+        temperature: float = 0.0,
+        seed: int = 0,
+        stop: Collection[int] = (),
+    ) -> Iterator[int]:
+        """New tokens as they come, behind `ids`; what the engine held before is forgotten.
+
+        Args:
+            ids: the prompt.
+            max_new_tokens: at most this many; fewer if a token of `stop` comes, which is the last one given.
+            temperature: 0 takes the likeliest token, else logits are divided by it and a token is drawn.
+            seed: of the draws.
+            stop: tokens that end the text.
+
+        Raises:
+            RecipeError: no prompt, prompt and new tokens do not fit the context, or a negative temperature. Raised
+                by the call, before the first token.
+        """
+        tokens = _tokens(ids)
+        if max_new_tokens < 0 or temperature < 0:
+            raise RecipeError(f"{max_new_tokens} new tokens at temperature {temperature}: neither can be negative.")
+        self._check(tokens, start=0, more=max_new_tokens)
+        return self._generate(tokens, max_new_tokens, _chooser(temperature, seed), stop)
+
+    def _generate(
+        self, tokens: list[int], count: int, choose: Callable[[Tensor], int], stop: Collection[int]
+    ) -> Iterator[int]:
+        self.reset()
+        logits = self.prefill(tokens)
+        for number in range(count):
+            token = choose(logits)
+            yield token
+            if token in stop or number == count - 1:
+                return
+            logits = self.step(token)
+
+    def _check(self, tokens: list[int], start: int | None = None, more: int = 0) -> None:
+        if not tokens:
+            raise RecipeError("There are no tokens: the prompt is empty.")
+        wrong = next((token for token in tokens if not 0 <= token < self.vocabulary), None)
+        if wrong is not None:
+            raise RecipeError(
+                f"Token {wrong} is not in the vocabulary of {self.vocabulary}; use the model's tokenizer."
+            )
+        before = self.position if start is None else start
+        # The last new token is given but not read.
+        if before + len(tokens) + max(0, more - 1) > self.context:
+            longest = self._architecture.longest
+            cure = f"the model was made for {longest}" + (
+                ", so a larger context can be asked for" if longest > self.context else ""
+            )
+            raise RecipeError(
+                f"{before + len(tokens)} tokens and {more} new ones do not fit the context of {self.context} ({cure}). "
+                "Shorten the prompt or ask for fewer new tokens."
+            )
+
+
+class _Parts:
+    """Weights by name, each handed to the library once."""
+
+    def __init__(
+        self, native: Native, weights: Mapping[str, Weight], rounded: bool, layout: str | None, kept: list[object]
+    ) -> None:
+        self._native, self._weights, self._rounded, self._layout, self._kept = native, weights, rounded, layout, kept
+        self._handles: dict[tuple[str, bool], Handle] = {}
+        self._tables: dict[str, tuple[Tensor, Tensor]] = {}
+
+    def has(self, name: str) -> bool:
+        """Whether a weight of this name was given."""
+        return name in self._weights
+
+    def matrix(self, name: str, rows: bool = False) -> Handle:
+        """The matrix of a module; `rows`: single rows are read from it, as from an embedding."""
+        key = f"{name}.weight", rows
+        if key not in self._handles:
+            weight = self._weight(key[0])
+            if isinstance(weight, PackedMatrix):
+                made = Linear(weight, self._native, rounded=self._rounded and not rows, layout=self._layout)
+            else:
+                made = DenseLinear(weight, self._native)
+                self._handles[key[0], not rows] = made
+            self._handles[key] = made
+            self._kept.append(made)
+        return self._handles[key]
+
+    def vector(self, name: str, size: int, offset: float = 0.0) -> int:
+        """Address of a vector of float32 with an offset added.
+
+        Raises:
+            ModelError: it is missing or of another size.
+        """
+        weight = self._weight(name)
+        if not isinstance(weight, Tensor) or weight.shape != (size,):
+            raise ModelError(f"{name} must be a vector of {size} numbers.")
+        return self.keep(weight.detach().to("cpu", torch.float32) + offset)
+
+    def bias(self, name: str, size: int) -> int | None:
+        """Address of a module's bias, None if it has none."""
+        return self.vector(f"{name}.bias", size) if self.has(f"{name}.bias") else None
+
+    def keep(self, tensor: Tensor) -> int:
+        """Address of a tensor that lives as long as the engine."""
+        tensor = tensor.contiguous()
+        self._kept.append(tensor)
+        return tensor.data_ptr()
+
+    def tables(self, kind: str, architecture: Architecture, context: int) -> tuple[Tensor, Tensor]:
+        """Cosines and sines of a kind of layer."""
+        if kind not in self._tables:
+            self._tables[kind] = architecture.rotary[kind](context)
+        return self._tables[kind]
+
+    def _weight(self, name: str) -> Weight:
+        if name not in self._weights:
+            raise ModelError(f"The model's weights lack {name}; copy or export it again.")
+        return self._weights[name]
+
+
+def _model(architecture: Architecture, parts: _Parts, context: int) -> ModelStruct:
+    embedding = parts.matrix(architecture.embedding, rows=True)
+    given = "lm_head" if parts.has("lm_head.weight") else architecture.head
+    head = parts.matrix(given)
+    blocks = [_layer(block, architecture, parts, embedding.columns, context) for block in architecture.blocks]
+    layers = (LayerStruct * len(blocks))(*blocks)
+    return ModelStruct(
+        layers=layers,
+        layer_count=len(blocks),
+        hidden=embedding.columns,
+        vocabulary=embedding.rows,
+        context=context,
+        embedding=embedding.pointer,
+        head=head.pointer,
+        norm=_norm(architecture.norm, embedding.columns, parts),
+        head_bias=parts.bias(given, head.rows),
+        norm_eps=architecture.norm.eps,
+        embedding_scale=architecture.embedding_scale,
+        logit_softcap=architecture.logit_softcap,
+    )
+
+
+def _layer(block: Block, architecture: Architecture, parts: _Parts, hidden: int, context: int) -> LayerStruct:
+    """One layer; numbers of heads follow from its matrices, which may differ from layer to layer."""
+    matrices = {name: parts.matrix(block.matrices[name]) for name in MATRICES}
+    for name in ("q", "k"):
+        if matrices[name].rows % block.head_dim:
+            raise ModelError(f"{block.matrices[name]} has {matrices[name].rows} rows, no multiple of {block.head_dim}.")
+    sizes = dict.fromkeys(block.norms, hidden) | {"q_norm": block.head_dim, "k_norm": block.head_dim}
+    cos, sin = parts.tables(block.rotary, architecture, context)
+    epsilons = {norm.eps for name, norm in block.norms.items() if name not in ("q_norm", "k_norm")}
+    if len(epsilons) > 1:
+        raise NotCovered(f"The norms of {block.norms['attention_norm'].name} and its layer have different epsilons.")
+    return LayerStruct(
+        **{name: matrix.pointer for name, matrix in matrices.items()},
+        **{f"{name}_bias": parts.bias(block.matrices[name], matrix.rows) for name, matrix in matrices.items()},
+        **{name: _norm(norm, sizes[name], parts) for name, norm in block.norms.items()},
+        cos=parts.keep(cos),
+        sin=parts.keep(sin),
+        heads=matrices["q"].rows // block.head_dim,
+        kv_heads=matrices["k"].rows // block.head_dim,
+        head_dim=block.head_dim,
+        rotary=cos.shape[1],
+        window=block.window,
+        norm_eps=epsilons.pop(),
+        qk_eps=block.norms["q_norm"].eps if "q_norm" in block.norms else 0.0,
+        scale=block.scale,
+        softcap=block.softcap,
+        activation=block.activation,
+    )
+
+
+def _norm(norm: Norm, size: int, parts: _Parts) -> int:
+    return parts.vector(norm.name, size, norm.offset)
+
+
+def _free(library: ctypes.CDLL, pointer: int, kept: list[object]) -> None:
+    """The model first, then what it points to."""
+    library.prunus_model_free(pointer)
+    kept.clear()
+
+
+def _context(asked: int | None, longest: int) -> int:
+    if asked is None:
+        return min(longest, CONTEXT)
+    if not 1 <= asked <= longest:
+        raise RecipeError(f"A context of {asked} tokens: the model was made for 1 to {longest}.")
+    return asked
+
+
+def _tokens(ids: Sequence[int] | Tensor) -> list[int]:
+    if isinstance(ids, Tensor):
+        if ids.ndim > 1 and ids.shape[:-1].numel() != 1:
+            raise RecipeError(f"The engine runs one text at a time, not {tuple(ids.shape[:-1])}.")
+        return [int(token) for token in ids.flatten().tolist()]
+    return [int(token) for token in ids]
+
+
+def _chooser(temperature: float, seed: int) -> Callable[[Tensor], int]:
+    """How a token is taken from logits."""
+    if temperature == 0:
+        return lambda logits: int(logits.argmax())
+    noise = torch.Generator().manual_seed(seed)
+    return lambda logits: int(torch.multinomial((logits / temperature).softmax(0), 1, generator=noise))
