@@ -18,11 +18,13 @@ class Sparse:
         name: the site.
         weight: `[out, in]`, +0.0 wherever `mask` is False.
         mask: bool `[out, in]`, True = kept.
+        order: int64 `[in]`, the order of columns in which the mask obeys its pattern; None: as they are.
     """
 
     name: str
     weight: Tensor
     mask: Tensor
+    order: Tensor | None = None
 
 
 def apply(matrix: Matrix, edit: Sparse, stored: torch.dtype) -> None:

@@ -177,17 +177,19 @@ def _blocks(
     text = job.method.needs - evidence.kinds
     for step in job.stream.walk(job.batches if text else job.batches[-1:], of_inputs(job.method.needs), finished):
         begun = time.monotonic()
-        report = _block(job, step, evidence.of(step, job.method.needs), budget)
+        report, orders = _block(job, step, evidence.of(step, job.method.needs), budget)
         report["seconds"] = time.monotonic() - begun
-        job.processes.on_first(partial(output.block, step.block, report))
+        job.processes.on_first(partial(output.block, step.block, report, orders))
         reports[step.block.name] = report
         progress.advance(step.block.name, error=report["error"])
     return [report for block in job.stream.blocks if (report := reports[block.name])]
 
 
-def _block(job: Job, step: Step, known: Mapping[str, SiteStats], budget: Mapping[str, float]) -> dict[str, Any]:
-    """Prune the matrices of one block and run it again; returns its report."""
-    matrices, idle = [], []
+def _block(
+    job: Job, step: Step, known: Mapping[str, SiteStats], budget: Mapping[str, float]
+) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
+    """Prune the matrices of one block and run it again; returns its report, and orders of columns by parameter."""
+    matrices, idle, orders = [], [], {}
     for slot, matrix in zip(step.block.slots, step.block.matrices(), strict=True):
         stats = known[matrix.name]
         if stats.unseen and slot.expert is None:
@@ -195,6 +197,8 @@ def _block(job: Job, step: Step, known: Mapping[str, SiteStats], budget: Mapping
             continue
         edit = job.method.prune(matrix, stats, budget[matrix.name])
         apply(matrix, edit, job.stream.weights.dtype(slot.parameter))
+        if edit.order is not None and slot.expert is None and not slot.transposed:
+            orders[slot.parameter] = edit.order
         zeros = matrix.weight.numel() - int(matrix.weight.count_nonzero())
         size = matrix.weight.numel()
         matrices.append({
@@ -202,7 +206,7 @@ def _block(job: Job, step: Step, known: Mapping[str, SiteStats], budget: Mapping
             "sparsity": zeros / size, "zeros": zeros, "unseen": stats.unseen,
         })  # fmt: skip
     size = sum(info.size for info in step.block.infos)
-    return {
+    report = {
         "name": step.block.name,
         "sparsity": sum(matrix["zeros"] for matrix in matrices) / size if size else 0.0,
         "wanted": sum(budget[info.name] * info.size for info in step.block.infos) / size if size else 0.0,
@@ -210,6 +214,7 @@ def _block(job: Job, step: Step, known: Mapping[str, SiteStats], budget: Mapping
         "matrices": matrices,
         "idle": idle,
     }
+    return report, orders
 
 
 def _result(job: Job, reports: list[dict[str, Any]], clock: Clock) -> dict[str, Any]:

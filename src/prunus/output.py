@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from prunus.capture import Inputs
@@ -15,6 +16,9 @@ from prunus.job import Job
 from prunus.models.checkpoint import INDEX, Checkpoint
 from prunus.models.source import PICKLES
 from prunus.sites import Block
+
+# The orders of columns of a pattern with `permute`, by name of the matrix; packing reads them.
+ORDERS = "column-order.safetensors"
 
 # Not carried over: weights in any form, and what is written anew.
 DROPPED = (
@@ -44,10 +48,19 @@ class Output:
         """The finished shard of a block."""
         return Checkpoint.of_shard(self.work.checkpoint / self._file(self.blocks[block.name]))
 
-    def block(self, block: Block, report: Mapping[str, Any]) -> None:
-        """Write a pruned block's shard, and after it its report, which makes it finished."""
+    def block(self, block: Block, report: Mapping[str, Any], orders: Mapping[str, Tensor]) -> None:
+        """Write a pruned block's shard and orders of columns, and after them its report, which makes it finished.
+
+        Args:
+            block: loaded, pruned.
+            report: about it.
+            orders: parameter -> order of its columns, where the pattern made one.
+        """
         tensors = self.weights.export(block.name, {slot.parameter for slot in block.slots})
         self.work.write_tensors(f"checkpoint/{self._file(self.blocks[block.name])}", tensors)
+        stored = {name: order.to("cpu", torch.int32) for name, order in self._on_disk(orders).items()}
+        if stored:
+            self.work.write_tensors(self._orders_name(block), stored)
         self.work.write(self._report_name(block), report)
 
     def outside(self) -> None:
@@ -60,6 +73,9 @@ class Output:
                 self.work.write_tensors(f"checkpoint/{self._file(self.blocks[block.name])}", tensors)
         self._index()
         self._copy_files()
+        found = [self.work.read_tensors(self._orders_name(block)) for block in self.job.stream.blocks]
+        if orders := {name: order for part in found for name, order in (part or {}).items()}:
+            self.work.write_tensors(f"checkpoint/{ORDERS}", orders)
 
     def probe(self, inputs: Inputs, logits: Tensor) -> Path:
         """Write what the fresh process compares with; returns the file."""
@@ -112,6 +128,14 @@ class Output:
 
     def _file(self, number: int) -> str:
         return f"model-{number + 1:05d}-of-{self.count:05d}.safetensors"
+
+    def _on_disk(self, orders: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Orders by names on disk, of parameters that are one tensor there."""
+        names = {targets: name for name, targets in self.weights.targets.items() if name not in self.weights.converted}
+        return {names[(parameter,)]: order for parameter, order in orders.items() if (parameter,) in names}
+
+    def _orders_name(self, block: Block) -> str:
+        return f"done/{self.blocks[block.name]:05d}.safetensors"
 
     def _report_name(self, block: Block) -> str:
         return f"done/{self.blocks[block.name]:05d}.json"

@@ -125,7 +125,7 @@ def _budget(blocks: Sequence[Block], method: Elementwise, allocation: Allocation
     if not allocation.foreseeable:
         source = "the calibration text" if allocation.needs else "the weights"
         sentence = f"decided by a first pass over {source}, to {100 * sparsity:.2f} % of all"
-        if method.pattern.align > 1:
+        if method.pattern.grouped:
             sentence += f", in whole weights of every {method.pattern.align}: small differences round away"
         return {"budget": sentence, "blocks": [{**row, "sparsity": None} for row in rows]}
     divided = allocation.divide(cast(Survey, _Foreseen(sites)), sparsity)

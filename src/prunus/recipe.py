@@ -106,6 +106,22 @@ def _completed(data: Any) -> Any:
         raise PydanticCustomError("sentence", "{text}", {"text": str(refusal).removesuffix(".")}) from None
 
 
+def check_cap(pattern: str, sparsity: float) -> None:
+    """See that a cap leaves as many weights as the sparsity keeps.
+
+    Raises:
+        PydanticCustomError: capped:K/M with 1 - K/M above the sparsity.
+    """
+    match = re.fullmatch(r"\s*capped:(\d+)/(\d+)\s*", pattern)
+    if match and int(match[2]) and sparsity < 1 - int(match[1]) / int(match[2]) - 1e-9:
+        raise PydanticCustomError(
+            "sentence",
+            "pattern {pattern} removes at least {least} of the weights, and sparsity {sparsity} is less; raise the "
+            "sparsity, or K",
+            {"pattern": pattern, "least": f"{1 - int(match[1]) / int(match[2]):.4g}", "sparsity": f"{sparsity:g}"},
+        )
+
+
 class PrunePart(_Part):
     """What is removed: metric x pattern x update, divided over the blocks by an allocation."""
 
@@ -118,7 +134,8 @@ class PrunePart(_Part):
         default=None, description="corrects the kept weights by this update instead of the method's own"
     )
     pattern: Name = Field(
-        default="unstructured", description="unstructured, or N:M: N kept of every M consecutive inputs (2:4)"
+        default="unstructured",
+        description="unstructured; N:M: N kept of every M consecutive inputs (2:4); capped:K/M: at most K of them",
     )
     sparsity: Share = Field(
         default=0.5, ge=0, lt=1, allow_inf_nan=False, description="share of the weights to remove; N:M fixes it"
@@ -154,6 +171,7 @@ class PrunePart(_Part):
 
     @model_validator(mode="after")
     def _pattern_fixes_sparsity(self) -> PrunePart:
+        check_cap(self.pattern, self.sparsity)
         fixed = pattern_sparsity(self.pattern)
         if fixed is None:
             return self

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -74,7 +75,7 @@ def _forget(data: dict[str, Any], given: Mapping[str, Any]) -> None:
     dropped = tuple(prefix for name, prefixes in owners.items() if name in given for prefix in prefixes)
     if dropped and isinstance(prune.get("settings"), dict):
         prune["settings"] = {key: value for key, value in prune["settings"].items() if not key.startswith(dropped)}
-    if "pattern" in given and "sparsity" not in given and ":" in str(given["pattern"]):
+    if "pattern" in given and "sparsity" not in given and re.fullmatch(r"[\d\s]+:[\d\s]+", str(given["pattern"])):
         prune.pop("sparsity", None)
 
 

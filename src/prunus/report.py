@@ -163,7 +163,9 @@ def buys(result: Result) -> str:
         "The zeros are stored like any other number: the files stay as large as the dense model's, and transformers, "
         "vLLM and llama.cpp run them no faster."
     )
-    if ":" not in pattern:
+    if pattern.startswith("capped:"):
+        gain = "A cap on every window makes prunus' own runtime fast: prunus export OUT PACKED --format packed."
+    elif ":" not in pattern:
         gain = "Unstructured zeros keep the most quality at a given sparsity; only a runtime made for them gains speed."
     elif not _same_everywhere(result):
         group = pattern.partition(":")[2]

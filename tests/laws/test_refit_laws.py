@@ -27,6 +27,7 @@ class Fixed:
 
     mask: torch.Tensor
     align: int = 1
+    grouped: bool = False
 
     def __call__(self, weight, columns):
         return self.mask[:, columns]
@@ -234,6 +235,7 @@ def test_the_search_cuts_by_the_metric_in_the_units_of_the_weight(metric, weight
     @dataclass(frozen=True)
     class Watch:
         align: int = 1
+        grouped: bool = False
 
         def __call__(self, present, columns):
             shown.append((present.clone(), Unstructured("row").keep(scorer(present, columns), 0.5)))

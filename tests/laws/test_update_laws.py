@@ -23,6 +23,7 @@ class Fixed:
 
     mask: torch.Tensor
     align: int = 1
+    grouped: bool = False
 
     def __call__(self, weight, columns):
         assert weight.shape == self.mask[:, columns].shape
@@ -220,6 +221,7 @@ def test_every_group_is_chosen_on_corrected_weights(stats, dense):
     @dataclass(frozen=True)
     class Watch:
         align: int = 4
+        grouped: bool = True
 
         def __call__(self, weight, columns):
             shown[columns.start] = weight.clone()

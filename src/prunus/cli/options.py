@@ -63,7 +63,8 @@ RECIPE: dict[str, OptionInfo] = {
     "pattern": option(
         "--pattern PATTERN",
         WHAT,
-        "unstructured, or N:M: N kept of every M consecutive inputs, such as 2:4 or 4:8. Default: unstructured.",
+        "unstructured; N:M: N kept of every M consecutive inputs, such as 2:4 or 4:8; capped:K/M: at most K of them, "
+        "such as capped:6/16. Default: unstructured.",
     ),
     "allocation": option(
         "--allocation NAME",

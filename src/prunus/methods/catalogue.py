@@ -9,11 +9,11 @@ from prunus.allocations import ALLOCATIONS
 from prunus.methods import METHODS
 from prunus.methods.compose import compose
 from prunus.metrics import METRICS
-from prunus.patterns import NM, Unstructured
+from prunus.patterns import NM, Capped, Unstructured
 from prunus.presets import PRESETS, Preset
 from prunus.updates import UPDATES
 
-_EXAMPLES = {"unstructured": Unstructured(), "N:M": NM()}
+_EXAMPLES = {"unstructured": Unstructured(), "N:M": NM(), "capped:K/M": Capped()}
 
 
 def rows() -> list[dict[str, Any]]:

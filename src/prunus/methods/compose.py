@@ -38,7 +38,7 @@ def compose(
         method: a key of `METHODS`.
         metric: a key of `METRICS`, instead of the method's own.
         update: a key of `UPDATES`, instead of the method's own.
-        pattern: `unstructured` (row or matrix as the method says) or `N:M`.
+        pattern: `unstructured` (row or matrix as the method says), `N:M` or `capped:K/M`.
         allocation: a key of `ALLOCATIONS`.
         settings: `axis.field` -> value, such as `{"update.block": 64}`; text is read as the type of the field.
         compat: `reference` makes every part follow the published code where that differs from what it promises.

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from prunus.edits import Sparse
-from prunus.errors import ModelError
+from prunus.errors import ModelError, RecipeError
 from prunus.metrics.metric import Metric, Scorer
 from prunus.patterns.pattern import Pattern
 from prunus.sites import Matrix
@@ -29,22 +29,45 @@ class Choice:
         pattern: which masks are allowed.
         sparsity: of the whole matrix.
         shape: `(out, in)` of the whole matrix.
+        orders: first column of a slice -> the order in which the pattern sees its columns; found when the slice is
+            first asked for, and kept, so that a later mask obeys the same windows.
     """
 
     scorer: Scorer
     pattern: Pattern
     sparsity: float
     shape: tuple[int, int]
+    orders: dict[int, Tensor] = field(default_factory=dict)
 
     @property
     def align(self) -> int:
         """Slices start and stop at multiples of this."""
         return self.pattern.align
 
+    @property
+    def grouped(self) -> bool:
+        """See `Pattern.grouped`."""
+        return self.pattern.grouped
+
+    @property
+    def order(self) -> Tensor | None:
+        """int64 `[in]`: place p of the windows is column `order[p]`; None if the pattern took columns as they are."""
+        parts = [start + order for start, order in sorted(self.orders.items(), key=lambda item: item[0])]
+        return torch.cat(parts) if parts else None
+
     def __call__(self, weight: Tensor, columns: slice) -> Tensor:
         """Mask of `weight [out, cols]`, the present values of these columns (a slice with start and stop)."""
         sparsity = self.pattern.portion(self.sparsity, self.shape, columns)
-        return self.pattern.keep(self.scorer(weight, columns), sparsity)
+        scores = self.scorer(weight, columns)
+        if columns.start not in self.orders:
+            order = self.pattern.arrange(scores, sparsity)
+            if order is None:
+                return self.pattern.keep(scores, sparsity)
+            self.orders[columns.start] = order
+        order = self.orders[columns.start]
+        mask = torch.empty_like(scores, dtype=torch.bool)
+        mask[:, order] = self.pattern.keep(scores[:, order], sparsity)
+        return mask
 
 
 @dataclass(frozen=True)
@@ -62,6 +85,18 @@ class Elementwise:
     pattern: Pattern
     update: Update = field(default_factory=Keep)
     paper: str = ""
+
+    def __post_init__(self) -> None:
+        """See that the update can live with the pattern's order of columns.
+
+        Raises:
+            RecipeError: if it swaps weights of neighbouring columns, and the pattern deals them anew.
+        """
+        if getattr(self.pattern, "permute", False) and getattr(self.update, "neighbours", False):
+            raise RecipeError(
+                f"The update {type(self.update).__name__} swaps within groups of neighbouring inputs, and "
+                "pattern.permute makes groups of others. Leave pattern.permute out, or take another update."
+            )
 
     @property
     def needs(self) -> frozenset[type]:
@@ -89,4 +124,4 @@ class Elementwise:
         rows, columns = matrix.weight.shape
         choose = Choice(self.metric(matrix.weight, stats), self.pattern, sparsity, (rows, columns))
         weight, mask = self.update(matrix.weight, choose, stats)
-        return Sparse(matrix.name, weight, mask)
+        return Sparse(matrix.name, weight, mask, choose.order)

@@ -9,8 +9,7 @@ from torch import Tensor
 
 from prunus.errors import FormatError
 from prunus.models.checkpoint import Checkpoint
-
-FILE = "column-order.safetensors"
+from prunus.output import ORDERS
 
 
 def read_orders(folder: Path, checkpoint: Checkpoint) -> dict[str, Tensor]:
@@ -19,14 +18,14 @@ def read_orders(folder: Path, checkpoint: Checkpoint) -> dict[str, Tensor]:
     Raises:
         FormatError: the file is damaged, or an order is not one of its matrix.
     """
-    if not (folder / FILE).is_file():
+    if not (folder / ORDERS).is_file():
         return {}
-    stored = Checkpoint.of_shard(folder / FILE)
+    stored = Checkpoint.of_shard(folder / ORDERS)
     orders = dict(stored.read(stored.tensors))
     for name, order in orders.items():
         columns = checkpoint.tensors[name].shape[-1] if name in checkpoint.tensors else -1
         if order.dtype != torch.int32 or order.ndim != 1 or len(order) != columns:
-            raise FormatError(f"{folder / FILE}: {name!r} is no order of the columns of a matrix. Remove the file.")
+            raise FormatError(f"{folder / ORDERS}: {name!r} is no order of the columns of a matrix. Remove the file.")
         if not torch.equal(order.sort().values, torch.arange(columns, dtype=torch.int32)):
-            raise FormatError(f"{folder / FILE}: {name!r} does not name every column once. Remove the file.")
+            raise FormatError(f"{folder / ORDERS}: {name!r} does not name every column once. Remove the file.")
     return orders

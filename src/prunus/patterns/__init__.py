@@ -6,6 +6,7 @@ import re
 from collections.abc import Callable
 
 from prunus.errors import RecipeError
+from prunus.patterns.capped import Capped
 from prunus.patterns.nm import NM
 from prunus.patterns.pattern import Pattern
 from prunus.patterns.unstructured import Unstructured
@@ -24,10 +25,17 @@ def _nm(text: str) -> Pattern:
     return NM(n, m)
 
 
+def _capped(text: str) -> Pattern:
+    """`capped:K/M` with at most K kept of every M."""
+    k, m = map(int, text.removeprefix("capped:").split("/"))
+    return Capped(k, m)
+
+
 # What the text looks like -> how it is read.
 PATTERNS: dict[str, Callable[[str], Pattern | None]] = {
     r"unstructured": _unstructured,
     r"\d+:\d+": _nm,
+    r"capped:\d+/\d+": _capped,
 }
 
 
@@ -35,18 +43,18 @@ def parse(text: str) -> Pattern | None:
     """A pattern from a recipe; None where the method's own one is to stay.
 
     Args:
-        text: `unstructured`, or `N:M` with N kept of every M consecutive inputs.
+        text: `unstructured`, `N:M` with N kept of every M consecutive inputs, or `capped:K/M` with at most K.
 
     Raises:
-        RecipeError: if it is neither, or not 1 <= N < M.
+        RecipeError: if it is none of them, or not 1 <= N < M.
     """
     for form, read in PATTERNS.items():
         if re.fullmatch(form, text.strip(), flags=re.ASCII):
             return read(text.strip())
     raise RecipeError(
         f"Pattern {text!r} is not known. Write unstructured, or N:M in whole numbers with N kept of every M, such as"
-        " 2:4 or 4:8."
+        " 2:4 or 4:8, or capped:K/M with at most K kept of every M, such as capped:6/16."
     )
 
 
-__all__ = ["NM", "PATTERNS", "Pattern", "Unstructured", "parse"]
+__all__ = ["NM", "PATTERNS", "Capped", "Pattern", "Unstructured", "parse"]

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from prunus.errors import RecipeError
+from prunus.patterns.order import arrange
 from prunus.patterns.selection import count, keep_highest
 from prunus.sites import SiteInfo
 
@@ -29,10 +30,13 @@ class NM:
     Attributes:
         n: kept of every group, from 1 to m - 1.
         m: group size, at least 2.
+        permute: groups are made of columns dealt by how many rows want them, instead of neighbours. The order is kept
+            beside the checkpoint; only prunus' own runtime knows what to do with it, GPUs do not.
     """
 
     n: int = 2
     m: int = 4
+    permute: bool = False
 
     paper: ClassVar[str] = "Mishra et al. 2021, arXiv:2104.08378"
 
@@ -57,6 +61,15 @@ class NM:
     def align(self) -> int:
         """Columns come in whole groups."""
         return self.m
+
+    @property
+    def grouped(self) -> bool:
+        """Every group for itself, unless its columns are still to be found among many."""
+        return not self.permute
+
+    def arrange(self, scores: Tensor, sparsity: float) -> Tensor | None:
+        """See `Pattern.arrange`."""
+        return arrange(scores, sparsity, self.m) if self.permute else None
 
     def keep(self, scores: Tensor, sparsity: float) -> Tensor:
         """The mask `[out, cols]` without the ⌊M·sparsity + 1e-9⌋ lowest scores of every group; ties go by index."""

@@ -20,6 +20,11 @@ class Pattern(Protocol):
         """Columns are asked for in multiples of this, starting at a multiple of it."""
         ...
 
+    @property
+    def grouped(self) -> bool:
+        """Whether every `align` columns are decided for themselves, so that an update may ask group by group."""
+        ...
+
     def keep(self, scores: Tensor, sparsity: float) -> Tensor:
         """The allowed mask that removes the lowest scores, exactly as many as `sparsity` says.
 
@@ -29,6 +34,18 @@ class Pattern(Protocol):
 
         Returns:
             bool `[out, cols]`, True = kept; ties are broken by index.
+        """
+        ...
+
+    def arrange(self, scores: Tensor, sparsity: float) -> Tensor | None:
+        """The order in which `keep` shall be shown the columns, or None for the order in which they are.
+
+        Args:
+            scores: `[out, cols]` of all columns that are decided together.
+            sparsity: fraction removed of them.
+
+        Returns:
+            int64 `[cols]`, a permutation: place p is column `order[p]`.
         """
         ...
 

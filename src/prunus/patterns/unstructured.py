@@ -31,6 +31,7 @@ class Unstructured:
     compat: Compat = "exact"
 
     paper: ClassVar[str] = ""
+    grouped: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         """Check the names.
@@ -57,6 +58,9 @@ class Unstructured:
             return keep_highest_overall(scores, count(size, sparsity))
         # Position ⌊n·s⌋ of the sorted scores is past the end for s = 1, where the published code fails.
         return scores > kth_lowest(scores.reshape(1, -1), min(int(size * sparsity) + 1, size))
+
+    def arrange(self, scores: Tensor, sparsity: float) -> Tensor | None:
+        """The order does not matter."""
 
     def portion(self, sparsity: float, shape: tuple[int, int], columns: slice) -> float:
         """`exact` carries the remainder from slice to slice; `reference` rounds each slice for itself."""

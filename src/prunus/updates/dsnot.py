@@ -45,6 +45,7 @@ class DSnoT:
 
     paper: ClassVar[str] = "Zhang et al. 2024, arXiv:2310.08915"
     needs: ClassVar[frozenset[type]] = frozenset({InputMoments})
+    neighbours: ClassVar[bool] = True  # swaps stay within groups of neighbouring columns
 
     def __post_init__(self) -> None:
         """Check the ranges.

@@ -117,7 +117,7 @@ def _sweep_block(
         The errors e_j = (w_j - ŵ_j) / U_jj and the mask, both `[cols, out]`.
     """
     errors = torch.empty_like(present)
-    grouped = choose.align > 1  # the groups of N:M see what the groups before them left
+    grouped = choose.grouped  # the groups of N:M see what the groups before them left
     step = choose.align if grouped else _PANEL
     mask = torch.empty_like(present, dtype=torch.bool) if grouped else choose(present.T, columns).T
     for start in range(0, len(present), step):

@@ -17,6 +17,11 @@ class Choose(Protocol):
         """Slices start and stop at multiples of this."""
         ...
 
+    @property
+    def grouped(self) -> bool:
+        """Whether every `align` columns are decided for themselves: then they may be asked for one group at a time."""
+        ...
+
     def __call__(self, weight: Tensor, columns: slice) -> Tensor:
         """Mask (bool, True = kept) of `weight [out, cols]`, the present values of these columns.
 
