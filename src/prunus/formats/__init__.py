@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from prunus.formats.format import Format, Settings
+from prunus.formats.gguf import GGUF
 from prunus.formats.hf import HuggingFace
 
 FORMATS: dict[str, Format] = {
     "hf": HuggingFace(),
+    "gguf": GGUF(),
 }
 
 __all__ = ["FORMATS", "Format", "Settings"]
