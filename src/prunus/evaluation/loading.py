@@ -57,8 +57,13 @@ def load_model(
     from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM
 
+    from prunus.models.fitted import is_fitted, load_fitted
+
     place = check_device(device)
     kind = check_dtype(dtype, place)
+    if is_fitted(folder):
+        model, _ = load_fitted(folder, _stored(folder) if kind == "auto" else kind, place, trust_remote_code)
+        return model
     try:
         with quiet():
             loaded: Any = AutoModelForCausalLM.from_pretrained(
@@ -73,3 +78,13 @@ def load_model(
             f"{folder} lacks {len(missing)} weights of its architecture, first {missing[0]}; copy it again."
         )
     return model.to(place).eval()
+
+
+def _stored(folder: Path) -> torch.dtype:
+    """The dtype of most tensors in a folder."""
+    from collections import Counter
+
+    from prunus.models.checkpoint import Checkpoint
+
+    found = Counter(stored.dtype for stored in Checkpoint.open(folder).tensors.values())
+    return found.most_common(1)[0][0]

@@ -1,13 +1,16 @@
-"""Methods: published combinations of a metric, a pattern and an update. A new one is a row in `METHODS`."""
+"""Methods: published combinations, of a metric, a pattern and an update or of what removes shapes. One row each."""
 
 from __future__ import annotations
 
 from prunus.methods.elementwise import Elementwise
+from prunus.methods.shape import Shape
+from prunus.methods.widths.scores import ColumnNorm, Fluctuation, WandaMean
+from prunus.methods.widths.structured import Structured
 from prunus.metrics import GBLM, OBS, RIA, Magnitude, Regional, Wanda
 from prunus.patterns import Unstructured
 from prunus.updates import ADMM, DSnoT, OBSSweep
 
-METHODS: dict[str, Elementwise] = {
+ELEMENTWISE: dict[str, Elementwise] = {
     "magnitude": Elementwise(Magnitude(), Unstructured("matrix"), paper=Magnitude.paper),
     "wanda": Elementwise(Wanda(), Unstructured("row"), paper=Wanda.paper),
     "sparsegpt": Elementwise(OBS(), Unstructured("matrix"), OBSSweep(), paper=OBSSweep.paper),
@@ -18,4 +21,14 @@ METHODS: dict[str, Elementwise] = {
     "wanda++": Elementwise(Regional(), Unstructured("row"), paper=Regional.paper),
 }
 
-__all__ = ["METHODS", "Elementwise"]
+WIDTHS: dict[str, Structured] = {
+    "flap": Structured(Fluctuation(), bias=True, paper="An et al. 2024, arXiv:2312.11983"),
+    "wanda-sp": Structured(WandaMean(), "UL-UM", sequential=True, paper="An et al. 2024, arXiv:2312.11983"),
+    "magnitude-sp": Structured(ColumnNorm(), "UL-UM", paper="An et al. 2024, arXiv:2312.11983"),
+}
+
+SHAPES: dict[str, Shape] = {**WIDTHS}
+
+METHODS: dict[str, Elementwise | Shape] = {**ELEMENTWISE, **SHAPES}
+
+__all__ = ["ELEMENTWISE", "METHODS", "SHAPES", "WIDTHS", "Elementwise", "Shape"]
