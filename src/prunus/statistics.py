@@ -12,8 +12,8 @@ Value = TypeVar("Value")
 Kind = TypeVar("Kind", bound="Sums")
 
 # Where a statistic comes from: the inputs of a matrix, seen while the block runs; the gradient of the model's loss; the
-# gradient of the norm of the block's outputs; or trials with the whole model in memory.
-Source = Literal["inputs", "loss", "output", "trials"]
+# gradient of the norm of the block's outputs; trials with the whole model in memory; or the hidden states themselves.
+Source = Literal["inputs", "loss", "output", "trials", "states"]
 
 _TOKENS = 256  # tokens squared at a time: the temporary then stays in a core's cache
 _PANELS = 4  # of the Gram matrix: 5/8 of the full product's work; narrower panels multiply more slowly
@@ -53,6 +53,12 @@ class Statistic(Sums, Protocol):
     def update(self, x: Tensor, samples: int) -> None:
         """Add inputs `x [tokens, in]` of any floating dtype, which belong to `samples` calibration sequences."""
         ...
+
+
+class BlockStates:
+    """Not a running sum: the hidden states in front of and behind each block, on the calibration text."""
+
+    source: ClassVar[Source] = "states"
 
 
 class Counted:

@@ -61,6 +61,7 @@ class Step:
         outputs: what the next block will be given.
         rerun: runs the block as it is now.
         inputs: what it was given, one tensor per batch.
+        processes: this process among its peers.
     """
 
     block: Block
@@ -69,6 +70,7 @@ class Step:
     outputs: list[Tensor]
     rerun: Callable[[], list[Tensor]]
     inputs: list[Tensor]
+    processes: Processes
 
     @torch.no_grad()
     def propagate(self) -> float:
@@ -196,7 +198,7 @@ class Stream:
         # The same observed computation again, so that a resumed run, which only runs, gets the same bits.
         again = lambda: self._run(block, batches, Gatherer(block, frozenset()))  # noqa: E731
         inputs = [batch.hidden for batch in batches if batch.hidden is not None]
-        step = Step(block, gatherer.finish(self.processes), dense, dense, again, inputs)
+        step = Step(block, gatherer.finish(self.processes), dense, dense, again, inputs, self.processes)
         if ready is None:
             yield step
         for batch, hidden in zip(batches, step.outputs, strict=True):

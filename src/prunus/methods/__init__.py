@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from prunus.methods.depth.depth import Depth
+from prunus.methods.depth.rankings import Angular, BlockInfluence, Greedy, SingleLoss, Taylor, Top
 from prunus.methods.elementwise import Elementwise
 from prunus.methods.shape import Shape
 from prunus.methods.widths.scores import ColumnNorm, Fluctuation, WandaMean
@@ -27,7 +29,17 @@ WIDTHS: dict[str, Structured] = {
     "magnitude-sp": Structured(ColumnNorm(), "UL-UM", paper="An et al. 2024, arXiv:2312.11983"),
 }
 
-SHAPES: dict[str, Shape] = {**WIDTHS}
+DEPTH: dict[str, Depth] = {
+    "top": Depth(Top(), paper="Yuan et al. 2024, arXiv:2402.11700"),
+    "last-quarter": Depth(Top(spare=1), paper="Gromov et al. 2024, arXiv:2403.17887"),
+    "shortgpt": Depth(BlockInfluence(), paper="Men et al. 2024, arXiv:2403.03853"),
+    "angular": Depth(Angular(), paper="Gromov et al. 2024, arXiv:2403.17887"),
+    "sleb": Depth(Greedy(), paper="Song et al. 2024, arXiv:2402.09025"),
+    "shortened-ppl": Depth(SingleLoss(), first=4, last=2, paper="Kim et al. 2024, arXiv:2402.02834"),
+    "shortened-taylor": Depth(Taylor(), first=4, last=2, paper="Kim et al. 2024, arXiv:2402.02834"),
+}
+
+SHAPES: dict[str, Shape] = {**WIDTHS, **DEPTH}
 
 METHODS: dict[str, Elementwise | Shape] = {**ELEMENTWISE, **SHAPES}
 

@@ -84,14 +84,14 @@ def _refuse_axes(method: str, **given: str | None) -> None:
 
 
 def shaped(base: Shape, settings: Mapping[str, Setting], compat: str) -> Shape:
-    """A method that makes shapes smaller, with its settings: `method.field`, and `score.field` of its score."""
-    axes = tuple(axis for axis in ("method", "score") if axis == "method" or "score" in _names(base))
+    """A method that makes shapes smaller, with its settings: `method.field`, and `score.field` or `ranking.field` of what it goes by."""
+    axes = ("method", *(axis for axis in ("score", "ranking") if axis in _names(base)))
     wanted = _by_axis(settings, axes)
     parts = {axis: base if axis == "method" else getattr(base, axis) for axis in axes}
     if compat != "exact":
         _ask(compat, wanted, parts)
-    if "score" in parts:
-        base = replace(base, score=_set("score", parts["score"], wanted["score"]))  # type: ignore[call-arg]
+    for axis in axes[1:]:
+        base = replace(base, **{axis: _set(axis, parts[axis], wanted[axis])})  # type: ignore[type-var]
     return _set("method", base, wanted["method"])
 
 
