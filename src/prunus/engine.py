@@ -26,7 +26,7 @@ from prunus.notes import collecting
 from prunus.output import Output
 from prunus.progress import Progress, Silent
 from prunus.recipe import Recipe
-from prunus.shaping import cut, decide
+from prunus.shaping import cut, decide, shapes
 from prunus.sites import Block
 from prunus.statistics import SiteStats
 from prunus.stream import Step
@@ -121,8 +121,10 @@ def _run(job: Job, restart: bool, progress: Progress, clock: Clock) -> dict[str,
     if evidence.kinds:
         with clock("gradients"):
             evidence.prepare()
-    reports = _reshape(job, job.method, output, evidence, progress, clock) if isinstance(job.method, Shape) else (
-        _mask(job, output, evidence, progress, clock)
+    reports = (
+        _reshape(job, job.method, output, evidence, progress, clock)
+        if isinstance(job.method, Shape)
+        else (_mask(job, output, evidence, progress, clock))
     )
     with clock("finish"):
         job.processes.on_first(output.outside)
@@ -156,10 +158,15 @@ def _publish(
     with clock("verify"):
         probe = output.probe(job.probe.inputs, logits)
         result["verify"] = verify(
-            job.work.checkpoint, probe, job.dtype_name, str(job.device), job.recipe.trust_remote_code,
+            job.work.checkpoint,
+            probe,
+            job.dtype_name,
+            str(job.device),
+            job.recipe.trust_remote_code,
             output.loads == "prunus",
         )
-        result["loads"] = output.loads
+        if isinstance(job.method, Shape):
+            result |= {"loads": output.loads, "shapes": {**result["shapes"], "parameters": output.parameters()}}
     progress.advance("reloaded in a fresh process")
     result["seconds"] = clock.read()
     result["peak_rss_bytes"] = memory.peak()
@@ -281,4 +288,5 @@ def _result(job: Job, reports: list[dict[str, Any]], clock: Clock) -> dict[str, 
         "processes": job.processes.world,
         "versions": job.versions,
         "warnings": list(job.warnings),
+        **({"shapes": shapes(reports)} if isinstance(job.method, Shape) else {}),
     }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -99,9 +100,7 @@ class Output:
         for block in self.job.stream.blocks:
             if block.name in self.dropped:
                 gone.setdefault(block.tower, set()).add(block.index)
-        config, zeros, self.loads = in_step(
-            self.job.checkpoint.folder, folder, gone, self.job.recipe.trust_remote_code
-        )
+        config, zeros, self.loads = in_step(self.job.checkpoint.folder, folder, gone, self.job.recipe.trust_remote_code)
         if zeros:
             self.work.write_tensors("checkpoint/model-biases.safetensors", zeros)
             self._index(folder / "model-biases.safetensors")
@@ -120,8 +119,12 @@ class Output:
         old, new = f"{last}.{block.index}.", f"{last}.{block.index - before}."
         odd = next((name for name in tensors if name.count(old) != 1), None)
         if odd is not None:
-            raise ModelError(f"{odd}: the number of its block cannot be told from the name, so blocks cannot be dropped.")
+            raise ModelError(f"{odd}: the number of its block cannot be told from the name; no block can be dropped.")
         return {name.replace(old, new): value for name, value in tensors.items()}
+
+    def parameters(self) -> int:
+        """Number of weights that were written."""
+        return sum(math.prod(stored.shape) for stored in Checkpoint.open(self.work.checkpoint).tensors.values())
 
     def probe(self, inputs: Inputs, logits: Tensor) -> Path:
         """Write what the fresh process compares with; returns the file."""

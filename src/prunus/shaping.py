@@ -171,3 +171,12 @@ def _gone(name: str, infos: list[SiteInfo]) -> dict[str, Any]:
         "name": name, "sparsity": 1.0, "wanted": 1.0, "error": None, "matrices": matrices, "idle": [], "kept": {},
         "biases": [], "narrowed": 0.0, "dropped": True,
     }  # fmt: skip
+
+
+def shapes(reports: list[dict[str, Any]]) -> dict[str, Any]:
+    """What became of the shapes: blocks that went, biases that were made, the largest narrowed - masked difference."""
+    return {
+        "blocks": [report["name"] for report in reports if report.get("dropped")],
+        "biases": sum(len(report["biases"]) for report in reports),
+        "narrowed_difference": max(report["narrowed"] for report in reports),
+    }

@@ -22,7 +22,7 @@ from prunus.memory import available, peak
 TOLERANCE = {"float32": 1e-4, "bfloat16": 5e-2, "float16": 1e-2}
 
 
-def verify(  # noqa: PLR0913 - what the run was
+def verify(
     folder: Path, probe: Path, dtype: str, device: str, trust_remote_code: bool = False, own: bool = False
 ) -> dict[str, Any]:
     """Reload in a fresh process and compare.
@@ -52,14 +52,15 @@ def verify(  # noqa: PLR0913 - what the run was
     found["tolerance"] = TOLERANCE[dtype]
     if not found["relative_difference"] <= TOLERANCE[dtype] or found["missing"]:
         raise FormatError(
-            f"The pruned checkpoint, loaded by {'prunus' if own else 'stock transformers'}, computes other logits than the run did (relative "
+            f"The pruned checkpoint, loaded by {'prunus' if own else 'stock transformers'}, computes other logits than the "
+            f"run did (relative "
             f"difference {found['relative_difference']:.2g}, allowed {TOLERANCE[dtype]:.0e}; missing: "
             f"{found['missing'] or 'none'}). Nothing was published; please report this model."
         )
     return found
 
 
-def compare(  # noqa: PLR0913 - what the run was
+def compare(
     folder: Path,
     probe: Path,
     dtype: str,

@@ -31,7 +31,7 @@ WIDTHS: dict[str, Structured] = {
 
 DEPTH: dict[str, Depth] = {
     "top": Depth(Top(), paper="Yuan et al. 2024, arXiv:2402.11700"),
-    "last-quarter": Depth(Top(spare=1), paper="Gromov et al. 2024, arXiv:2403.17887"),
+    "last-quarter": Depth(Top(), share=0.25, paper="Lu et al. 2024, arXiv:2411.15558"),
     "shortgpt": Depth(BlockInfluence(), paper="Men et al. 2024, arXiv:2403.03853"),
     "angular": Depth(Angular(), paper="Gromov et al. 2024, arXiv:2403.17887"),
     "sleb": Depth(Greedy(), paper="Song et al. 2024, arXiv:2402.09025"),

@@ -84,7 +84,7 @@ def _refuse_axes(method: str, **given: str | None) -> None:
 
 
 def shaped(base: Shape, settings: Mapping[str, Setting], compat: str) -> Shape:
-    """A method that makes shapes smaller, with its settings: `method.field`, and `score.field` or `ranking.field` of what it goes by."""
+    """A method that makes shapes smaller, with its settings: `method.field`, `score.field`, `ranking.field`."""
     axes = ("method", *(axis for axis in ("score", "ranking") if axis in _names(base)))
     wanted = _by_axis(settings, axes)
     parts = {axis: base if axis == "method" else getattr(base, axis) for axis in axes}

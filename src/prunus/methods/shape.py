@@ -129,8 +129,8 @@ def reachable(survey: Blocks, removable: int, sparsity: float, what: str) -> int
     target = round(sparsity * size)
     if target > removable:
         raise RecipeError(
-            f"A sparsity of {sparsity:g} cannot be reached by removing {what}: at most {removable:,} of {size:,} weights "
-            f"can go, so ask for 0 to {int(1000 * removable / size) / 1000:g}."
+            f"A sparsity of {sparsity:g} cannot be reached by removing {what}: at most {removable:,} of {size:,} "
+            f"weights can go, so ask for 0 to {int(1000 * removable / size) / 1000:g}."
         )
     return target
 

@@ -171,7 +171,8 @@ def _fits(model: PreTrainedModel, checkpoint: Checkpoint) -> dict[str, Tensor] |
         weight = have.get(f"{place.removesuffix('bias')}weight")
         if not place.endswith(".bias") or weight is None:
             return None
-        zeros[f"{weight.removesuffix('weight')}bias"] = torch.zeros(shapes[place], dtype=checkpoint.tensors[weight].dtype)
+        kind = checkpoint.tensors[weight].dtype
+        zeros[f"{weight.removesuffix('weight')}bias"] = torch.zeros(shapes[place], dtype=kind)
     return zeros
 
 

@@ -173,8 +173,9 @@ def _width(block: Block, seen: Seen, producers: list[Seen]) -> Width:
     members = tuple(Member(producer.name, groups_of) for producer, groups_of in zip(producers, rows, strict=True))
     weights = torch.bincount(columns, minlength=groups) * block.slot(seen.name).info.shape[0]
     for member in members:
-        weights += torch.bincount(member.groups[member.groups >= 0], minlength=groups) * (
-            block.slot(member.matrix).info.shape[1]
+        weights += (
+            torch.bincount(member.groups[member.groups >= 0], minlength=groups)
+            * (block.slot(member.matrix).info.shape[1])
         )
     parent = seen.name.rpartition(".")[0]
     name = seen.name if parent == block.name else parent

@@ -38,7 +38,8 @@ class Depth:
 
     Attributes:
         ranking: which blocks go first.
-        keep: blocks to keep, counted; 0: as many as the sparsity leaves. Given, it decides instead of the sparsity.
+        keep: blocks to keep, counted. 0: as many as `share` or the sparsity leaves.
+        share: of the blocks to remove, in [0, 1), whatever the sparsity; 0: the sparsity decides.
         first: blocks at the beginning that must stay, at least 0.
         last: blocks at the end that must stay, at least 0.
         paper: where it was published.
@@ -46,6 +47,7 @@ class Depth:
 
     ranking: Ranking
     keep: int = 0
+    share: float = 0.0
     first: int = 0
     last: int = 0
     paper: str = ""
@@ -59,6 +61,8 @@ class Depth:
         for name in ("keep", "first", "last"):
             if getattr(self, name) < 0:
                 raise RecipeError(f"method.{name} is {getattr(self, name)}; it must be at least 0.")
+        if not 0 <= self.share < 1:
+            raise RecipeError(f"method.share is {self.share:g}; it must be in [0, 1).")
 
     @property
     def touches(self) -> tuple[Kind, ...]:
@@ -89,7 +93,7 @@ class Depth:
         if len(towers) > 1:
             raise RecipeError(f"Blocks are dropped from one tower; name it with --blocks: {', '.join(sorted(towers))}.")
         free = blocks[self.first : len(blocks) - self.last]
-        count = self._count(blocks, free, sparsity)
+        count = self._count(blocks, free, self.share or sparsity)
         if not count:
             return Plan()
         return Plan(dropped=frozenset(self.ranking.order(survey, free, count)[:count]))
@@ -102,11 +106,11 @@ class Depth:
         """How many go: the nearest to the sparsity, for blocks of one size."""
         if self.keep > len(blocks):
             raise RecipeError(f"method.keep is {self.keep}, and the model has {len(blocks)} blocks.")
-        whole = sum(site.weights for site in blocks)
-        count = len(blocks) - self.keep if self.keep else round(sparsity * whole / (whole / len(blocks)))
+        count = len(blocks) - self.keep if self.keep else round(sparsity * len(blocks))
         most = min(len(free), len(blocks) - 1)
         if count > most:
-            reach = sum(site.weights for site in sorted(free, key=lambda s: s.weights)[:most]) / whole if most > 0 else 0
+            smallest = sorted(site.weights for site in free)[: max(most, 0)]
+            reach = sum(smallest) / sum(site.weights for site in blocks)
             raise RecipeError(
                 f"{count} of {len(blocks)} blocks would go, and at most {max(most, 0)} can: ask for a sparsity of 0 to "
                 f"{int(1000 * reach) / 1000:g}."

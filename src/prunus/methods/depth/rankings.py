@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-
 import torch
 from torch import Tensor
 
@@ -155,7 +154,9 @@ class Greedy:
             RecipeError: fewer than two blocks would be left.
         """
         if count > len(sites) - 2:
-            raise RecipeError(f"{count} of {len(sites)} blocks would go; sleb keeps the first and the last, so ask for less.")
+            raise RecipeError(
+                f"{count} of {len(sites)} blocks would go; sleb keeps the first and the last, so ask for less."
+            )
         gone: list[str] = survey.recall("greedy") or []
         with Bypassed(survey, _at_least_one(self.samples)) as model:
             while len(gone) < count:
@@ -194,5 +195,3 @@ def _at_least_one(samples: int) -> int:
     if samples < 1:
         raise RecipeError(f"ranking.samples is {samples}; it must be at least 1.")
     return samples
-
-

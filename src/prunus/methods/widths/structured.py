@@ -88,9 +88,7 @@ class Structured:
         widths = self._widths(survey)
         target = reachable(survey, sum(map(least, widths)), sparsity, f"{' and '.join(self.touches)}")
         alike = self.structure.startswith("UL")
-        counts = (
-            uniform_counts(widths, target, sparsity, self.heads, self.structure, self.compat) if alike else {}
-        )
+        counts = uniform_counts(widths, target, sparsity, self.heads, self.structure, self.compat) if alike else {}
         if alike and self.sequential:
             return Plan(count=counts)
         found = self._survey(survey, {width.name for width in widths})

@@ -79,9 +79,7 @@ def uniform_counts(
     return counts | {width.name: width.groups - _round(share * width.groups, compat, width) for width in neurons}
 
 
-def uniform(
-    widths: Sequence[Width], scores: Mapping[str, Tensor], counts: Mapping[str, int]
-) -> dict[str, Tensor]:
+def uniform(widths: Sequence[Width], scores: Mapping[str, Tensor], counts: Mapping[str, int]) -> dict[str, Tensor]:
     """Width → mask with so many of its own highest."""
     return {width.name: highest(scores[width.name], counts[width.name]) for width in widths}
 
@@ -117,9 +115,7 @@ def adaptive(
     return masks | _drop_lowest(neurons, scores, max(0, int((target - spent) / unit)))
 
 
-def _pooled(
-    widths: Sequence[Width], scores: Mapping[str, Tensor], target: int, compat: str
-) -> dict[str, Tensor]:
+def _pooled(widths: Sequence[Width], scores: Mapping[str, Tensor], target: int, compat: str) -> dict[str, Tensor]:
     values = torch.cat([scores[width.name].double().cpu() for width in widths])
     costs = torch.cat([width.weights for width in widths])
     safe = torch.cat([_best(scores[width.name]) for width in widths])
