@@ -52,8 +52,8 @@ def verify(
     found["tolerance"] = TOLERANCE[dtype]
     if not found["relative_difference"] <= TOLERANCE[dtype] or found["missing"]:
         raise FormatError(
-            f"The pruned checkpoint, loaded by {'prunus' if own else 'stock transformers'}, computes other logits than the "
-            f"run did (relative "
+            f"The pruned checkpoint, loaded by {'prunus' if own else 'stock transformers'}, computes other logits than "
+            "the run did (relative "
             f"difference {found['relative_difference']:.2g}, allowed {TOLERANCE[dtype]:.0e}; missing: "
             f"{found['missing'] or 'none'}). Nothing was published; please report this model."
         )

@@ -8,6 +8,8 @@ from prunus.methods.elementwise import Elementwise
 from prunus.methods.shape import Shape
 from prunus.methods.widths.scores import ColumnNorm, Fluctuation, WandaMean
 from prunus.methods.widths.structured import Structured
+from prunus.methods.widths.surgeon import Surgeon
+from prunus.methods.widths.taylor import TaylorScore
 from prunus.metrics import GBLM, OBS, RIA, Magnitude, Regional, Wanda
 from prunus.patterns import Unstructured
 from prunus.updates import ADMM, DSnoT, OBSSweep
@@ -27,6 +29,7 @@ WIDTHS: dict[str, Structured] = {
     "flap": Structured(Fluctuation(), bias=True, paper="An et al. 2024, arXiv:2312.11983"),
     "wanda-sp": Structured(WandaMean(), "UL-UM", sequential=True, paper="An et al. 2024, arXiv:2312.11983"),
     "magnitude-sp": Structured(ColumnNorm(), "UL-UM", paper="An et al. 2024, arXiv:2312.11983"),
+    "llm-pruner": Structured(TaylorScore(), "local", first=4, last=2, paper="Ma et al. 2023, arXiv:2305.11627"),
 }
 
 DEPTH: dict[str, Depth] = {
@@ -39,7 +42,9 @@ DEPTH: dict[str, Depth] = {
     "shortened-taylor": Depth(Taylor(), first=4, last=2, paper="Kim et al. 2024, arXiv:2402.02834"),
 }
 
-SHAPES: dict[str, Shape] = {**WIDTHS, **DEPTH}
+SURGEON = Surgeon(paper="after Kurtic et al. 2023, arXiv:2302.04089")
+
+SHAPES: dict[str, Shape] = {**WIDTHS, "obs-sp": SURGEON, **DEPTH}
 
 METHODS: dict[str, Elementwise | Shape] = {**ELEMENTWISE, **SHAPES}
 

@@ -109,30 +109,3 @@ class Shape(Protocol):
             plan: what `plan` decided.
         """
         ...
-
-
-def reachable(survey: Blocks, removable: int, sparsity: float, what: str) -> int:
-    """How many weights are to go: the share of all matrices of the blocks.
-
-    Args:
-        survey: the dense model.
-        removable: most weights that can go.
-        sparsity: wanted, in [0, 1).
-        what: named in the complaint, such as "heads and neurons".
-
-    Raises:
-        RecipeError: not so many can go.
-    """
-    from prunus.errors import RecipeError
-
-    size = sum(info.size for block in survey.blocks for info in block.infos)
-    target = round(sparsity * size)
-    if target > removable:
-        raise RecipeError(
-            f"A sparsity of {sparsity:g} cannot be reached by removing {what}: at most {removable:,} of {size:,} "
-            f"weights can go, so ask for 0 to {int(1000 * removable / size) / 1000:g}."
-        )
-    return target
-
-
-__all__ = ["Blocks", "Plan", "Shape", "Visit", "reachable"]

@@ -11,9 +11,10 @@ from torch import Tensor
 
 from prunus.edits import Narrow
 from prunus.errors import RecipeError
-from prunus.methods.shape import Blocks, Plan, reachable
+from prunus.evidence import of_inputs
+from prunus.methods.shape import Blocks, Plan
 from prunus.methods.widths.scores import Fluctuation, Score
-from prunus.methods.widths.structures import Structure, adaptive, grouped, highest, least, uniform, uniform_counts
+from prunus.methods.widths.structures import Structure, adaptive, grouped, highest, reachable, uniform, uniform_counts
 from prunus.sites import Block, Kind, SiteInfo, Width
 from prunus.statistics import InputMoments, SiteStats
 from prunus.stream import Step
@@ -26,8 +27,9 @@ class Structured:
     Attributes:
         score: what a channel is worth.
         structure: `AL-AM` (one threshold over all blocks, heads and neurons priced by their weights), `AL-MM` (so many
-            heads, then neurons, each over all blocks), `UL-UM` (the same share of every block) or `UL-MM` (the same
-            number of heads in every block, then neurons). UL gives every block the same shape, which loads everywhere.
+            heads, then neurons, each over all blocks), `UL-UM` (the same share of every block), `UL-MM` (the same
+            number of heads in every block, then neurons) or `local` (as `UL-UM`, with LLM-Pruner's rounding). UL and
+            local give every block the same shape, which loads everywhere.
         bias: add what the removed channels contributed on average to the bias of the matrix that reads them.
         sequential: score each block on the outputs of the blocks already pruned, not on those of the dense model.
         kinds: `both`, `heads` or `neurons`.
@@ -86,9 +88,11 @@ class Structured:
             RecipeError: the sparsity cannot be reached with these widths.
         """
         widths = self._widths(survey)
-        target = reachable(survey, sum(map(least, widths)), sparsity, f"{' and '.join(self.touches)}")
-        alike = self.structure.startswith("UL")
-        counts = uniform_counts(widths, target, sparsity, self.heads, self.structure, self.compat) if alike else {}
+        alike, published = not self.structure.startswith("AL"), self.compat == "reference"
+        target = reachable(survey, widths, sparsity, self)
+        # The published codes take the share of each block that is cut; ours is of all blocks.
+        share = sparsity if published else target / sum(int(width.weights.sum()) for width in widths)
+        counts = uniform_counts(widths, target, share, self.heads, self.structure, self.compat) if alike else {}
         if alike and self.sequential:
             return Plan(count=counts)
         found = self._survey(survey, {width.name for width in widths})
@@ -134,7 +138,7 @@ class Structured:
             ]
             return torch.cat(parts, dim=1) if parts else torch.zeros(2, 0)
 
-        found = survey.visit(visit, self.needs, text=bool(self.needs))
+        found = survey.visit(visit, self.needs, text=bool(of_inputs(self.needs)))
         result = {}
         for block in survey.blocks:
             parts = found[block.name].split([len(width.consumer.groups) for width in block.widths], dim=1)

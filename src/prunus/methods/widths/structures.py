@@ -3,31 +3,62 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Literal, get_args
+from typing import Literal, Protocol
 
 import torch
 from torch import Tensor
 
 from prunus.errors import RecipeError
-from prunus.sites import Width
+from prunus.methods.shape import Blocks
+from prunus.sites import Kind, Width
 
-Structure = Literal["UL-UM", "UL-MM", "AL-MM", "AL-AM"]
-STRUCTURES = get_args(Structure)
+Structure = Literal["UL-UM", "UL-MM", "AL-MM", "AL-AM", "local"]
 
 
-def least(width: Width) -> int:
-    """Most weights that can go while one group stays."""
-    return int(width.weights.sum() - width.weights.min())
+class Part(Protocol):
+    """What of a model a method narrows."""
+
+    first: int
+    last: int
+
+    @property
+    def touches(self) -> tuple[Kind, ...]:
+        """Kinds of widths."""
+        ...
+
+
+def reachable(survey: Blocks, widths: Sequence[Width], sparsity: float, part: Part) -> int:
+    """How many weights are to go: the share of all matrices of all blocks.
+
+    Args:
+        survey: the dense model.
+        widths: all that may be narrowed; one group of each stays.
+        sparsity: wanted, in [0, 1).
+        part: what the widths were chosen by, named in the complaint.
+
+    Raises:
+        RecipeError: not so many can go.
+    """
+    size = sum(info.size for block in survey.blocks for info in block.infos)
+    most = sum(int(width.weights.sum() - width.weights.min()) for width in widths)
+    target = round(sparsity * size)
+    if target > most:
+        spared = f" (the first {part.first} and last {part.last} blocks left alone)" if part.first or part.last else ""
+        raise RecipeError(
+            f"A sparsity of {sparsity:g} cannot be reached by removing {' and '.join(part.touches)}{spared}: at most "
+            f"{most:,} of {size:,} weights can go, so ask for 0 to {int(1000 * most / size) / 1000:g}."
+        )
+    return target
 
 
 def grouped(channels: Tensor, width: Width, structure: Structure) -> Tensor:
     """Scores of groups from those of channels, `[groups]`.
 
-    UL: the sum over a group's channels. AL: channels are standardised within their width (unbiased), which makes widths
-    comparable, and averaged over the group.
+    UL and local: the sum over a group's channels. AL: channels are standardised within their width (unbiased), which
+    makes widths comparable, and averaged over the group.
     """
     member = width.consumer
-    if structure.startswith("UL"):
+    if not structure.startswith("AL"):
         return member.of_groups(channels, width.groups)
     deviation = channels.std()
     standard = (channels - channels.mean()) / deviation if deviation > 0 else torch.zeros_like(channels)
@@ -53,9 +84,9 @@ def uniform_counts(
         target: weights to remove.
         sparsity: share of each width to remove.
         heads: how many groups of heads go in all (UL-MM), divided evenly over the blocks.
-        structure: `UL-UM` or `UL-MM`.
-        compat: `reference`: int(share·groups) of both kinds, however much less than the target that removes; `exact`:
-            the same for heads, and as many neurons as fill up the target.
+        structure: `UL-UM`, `UL-MM` or `local`.
+        compat: `reference`: int(share·groups) of both kinds (or what LLM-Pruner makes of it, `local`), however much
+            less than the target that removes; `exact`: the same for heads, and as many neurons as fill up the target.
 
     Raises:
         RecipeError: the heads alone exceed the target, or too few neurons are left to fill it.
@@ -64,12 +95,10 @@ def uniform_counts(
     neurons = [width for width in widths if width.kind == "neurons"]
     counts = {}
     for width in of_heads:
-        gone = heads // len(of_heads) if structure == "UL-MM" else int(sparsity * width.groups)
-        if gone >= width.groups:
-            raise RecipeError(f"method.heads={heads} would leave no head in {width.name}, which has {width.groups}.")
-        counts[width.name] = width.groups - gone
-    if structure == "UL-UM" and (compat == "reference" or not neurons):
-        return counts | {width.name: width.groups - int(sparsity * width.groups) for width in neurons}
+        gone = heads // len(of_heads) if structure == "UL-MM" else _published(width, sparsity, structure)
+        counts[width.name] = _left(width, gone)
+    if structure != "UL-MM" and (compat == "reference" or not neurons):
+        return counts | {width.name: _left(width, _published(width, sparsity, structure)) for width in neurons}
     by_name = {width.name: width for width in widths}
     spent = sum(_cost(by_name[name]) * (by_name[name].groups - count) for name, count in counts.items())
     whole = sum(_cost(width) * width.groups for width in neurons)
@@ -148,6 +177,20 @@ def _drop_lowest(widths: Sequence[Width], scores: Mapping[str, Tensor], gone: in
     keep[order[: min(gone, int((~safe).sum()))]] = False
     parts = keep.split([width.groups for width in widths])
     return {width.name: part for width, part in zip(widths, parts, strict=True)}
+
+
+def _published(width: Width, sparsity: float, structure: Structure) -> int:
+    """How many groups go of one width. LLM-Pruner counts channels of the smallest producer and keeps int(share)."""
+    if structure != "local":
+        return int(sparsity * width.groups)
+    channels = min(len(member.groups) for member in width.rows)
+    return (channels - int(channels * (1 - sparsity))) // (channels // width.groups)
+
+
+def _left(width: Width, gone: int) -> int:
+    if gone >= width.groups:
+        raise RecipeError(f"{gone} of {width.groups} {width.kind} of {width.name} would go; at least one must stay.")
+    return width.groups - gone
 
 
 def _best(scores: Tensor) -> Tensor:
