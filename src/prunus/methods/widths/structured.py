@@ -14,7 +14,16 @@ from prunus.errors import RecipeError
 from prunus.evidence import of_inputs
 from prunus.methods.shape import Blocks, Plan
 from prunus.methods.widths.scores import Fluctuation, Score
-from prunus.methods.widths.structures import Structure, adaptive, grouped, highest, reachable, uniform, uniform_counts
+from prunus.methods.widths.structures import (
+    Structure,
+    adaptive,
+    check_heads,
+    grouped,
+    highest,
+    reachable,
+    uniform,
+    uniform_counts,
+)
 from prunus.sites import Block, Kind, SiteInfo, Width
 from prunus.statistics import InputMoments, SiteStats
 from prunus.stream import Step
@@ -92,6 +101,8 @@ class Structured:
         target = reachable(survey, widths, sparsity, self)
         # The published codes take the share of each block that is cut; ours is of all blocks.
         share = sparsity if published else target / sum(int(width.weights.sum()) for width in widths)
+        if self.heads:
+            check_heads(widths, self.heads)
         counts = uniform_counts(widths, target, share, self.heads, self.structure, self.compat) if alike else {}
         if alike and self.sequential:
             return Plan(count=counts)

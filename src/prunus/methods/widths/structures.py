@@ -135,13 +135,22 @@ def adaptive(
         return _pooled(widths, scores, target, compat)
     of_heads = [width for width in widths if width.kind == "heads"]
     neurons = [width for width in widths if width.kind == "neurons"]
-    most = sum(width.groups - 1 for width in of_heads)
-    if not 0 <= heads <= most:
-        raise RecipeError(f"method.heads is {heads}; 0 to {most} groups of heads of this model can go.")
+    check_heads(widths, heads)
     masks = _drop_lowest(of_heads, scores, heads)
     spent = sum(int(width.weights[~masks[width.name]].sum()) for width in of_heads)
     unit = max((_cost(width) for width in neurons), default=1.0)
     return masks | _drop_lowest(neurons, scores, max(0, int((target - spent) / unit)))
+
+
+def check_heads(widths: Sequence[Width], heads: int) -> None:
+    """See that so many groups of heads can go.
+
+    Raises:
+        RecipeError: there are not so many to spare.
+    """
+    most = sum(width.groups - 1 for width in widths if width.kind == "heads")
+    if not 0 <= heads <= most:
+        raise RecipeError(f"method.heads is {heads}; 0 to {most} groups of heads of this model can go.")
 
 
 def _pooled(widths: Sequence[Width], scores: Mapping[str, Tensor], target: int, compat: str) -> dict[str, Tensor]:
