@@ -162,7 +162,7 @@ def _publish(
             probe,
             job.dtype_name,
             str(job.device),
-            job.recipe.trust_remote_code,
+            job.recipe.trust_remote_code or output.loads == "code",
             output.loads == "prunus",
         )
         if isinstance(job.method, Shape):

@@ -12,12 +12,13 @@ from torch import Tensor
 
 from prunus.capture import Inputs
 from prunus.card import model_card
-from prunus.errors import ModelError
+from prunus.errors import ModelError, PrunusError
 from prunus.job import Job
 from prunus.models.checkpoint import INDEX, Checkpoint
 from prunus.models.reshaped import in_step
 from prunus.models.source import PICKLES
 from prunus.models.weights import Cut
+from prunus.shapes import settle
 from prunus.sites import Block
 
 # Not carried over: weights in any form, and what is written anew.
@@ -105,6 +106,15 @@ class Output:
             self.work.write_tensors("checkpoint/model-biases.safetensors", zeros)
             self._index(folder / "model-biases.safetensors")
         self.work.write("checkpoint/config.json", config)
+        if self.loads == "prunus":
+            self.loads = self._own_code(folder)
+
+    def _own_code(self, folder: Path) -> str:
+        """Lay the modelling file beside blocks that differ; where even that does not fit, prunus alone loads them."""
+        try:
+            return "transformers" if settle(folder)["stock"] else "code"
+        except PrunusError:
+            return "prunus"
 
     def _renamed(self, block: Block, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         """The tensors of a block under its new number, where blocks before it were dropped."""

@@ -11,6 +11,12 @@ from prunus.text import bytes_text, pairs, percent, table, wrap
 
 Result = Mapping[str, Any]
 
+LOADERS = {
+    "transformers": "stock transformers",
+    "code": "transformers and the modelling file in the folder",
+    "prunus": "prunus (stock classes have no place for its shapes)",
+}
+
 
 def prune_text(result: Result) -> str:
     """What was removed, what it took, what it buys and what to do next."""
@@ -193,6 +199,12 @@ def _smaller(result: Result) -> str:
         return f"{gain} Blocks that stay are as they were, so transformers, vLLM and llama.cpp load the result."
     if result.get("loads") == "transformers":
         return f"{gain} All blocks have one shape, so stock transformers loads the result."
+    if result.get("loads") == "code":
+        return (
+            f"{gain} Blocks differ from each other, so a small modelling file lies in the folder: prunus loads it as "
+            "it is, transformers with trust_remote_code=True. `prunus export --portable` writes a stock class instead, "
+            "`--format gguf` a file for llama.cpp."
+        )
     if result.get("loads") == "prunus":
         return (
             f"{gain} Blocks differ from each other (or have biases), which stock classes have no place for: prunus "
@@ -264,7 +276,7 @@ def _checked(verify: Result | None, loads: str = "transformers") -> str:
         return ""
     difference = verify.get("relative_difference", verify["max_difference"])
     equal = f"differ from the run's by {difference:.1g} of the largest (allowed: {verify['tolerance']:.0g})"
-    how = "stock transformers" if loads == "transformers" else "prunus (stock classes have no place for its shapes)"
+    how = LOADERS[loads]
     return f"loaded by {how} in a fresh process; its logits {equal if difference else 'are those of the run'}"
 
 
