@@ -73,7 +73,7 @@ def _judge(job: Job, texts: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
     reports, spent = [], 0.0
     for step in job.stream.walk(together, of_inputs(job.method.needs)):
         started = time.perf_counter()
-        reports.append(_block(job, step, evidence.of(step, job.method.needs), budget))
+        reports.append(_block(job, step, evidence.of(step, job.method.needs), budget)[0])
         spent += time.perf_counter() - started
     seconds["prune"] = spent
     losses = {name: _losses(job, own, [target for _, target in pairs[name]]) for name, own in batches.items()}

@@ -70,7 +70,7 @@ def _forget(data: dict[str, Any], given: Mapping[str, Any]) -> None:
             prune.pop(name, None)
     elif "method" in given:
         prune.pop("preset", None)
-    owners = {"method": ("metric.", "update."), "metric": ("metric.",), "update": ("update.",)}
+    owners = {"method": ("metric.", "update.", "method.", "score."), "metric": ("metric.",), "update": ("update.",)}
     owners |= {"pattern": ("pattern.",), "allocation": ("allocation.",)}
     dropped = tuple(prefix for name, prefixes in owners.items() if name in given for prefix in prefixes)
     if dropped and isinstance(prune.get("settings"), dict):
