@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from prunus.data.reading import Reading
 from prunus.errors import CalibrationError, RecipeError
+from prunus.models.modelling import ours
 
 if TYPE_CHECKING:
     import numpy as np
@@ -32,7 +33,7 @@ def load_tokenizer(folder: Path) -> Any:
     if not any(file for part in parts for file in folder.glob(part)):
         raise CalibrationError(f"{folder} has no tokenizer, so text cannot become tokens. {cure}")
     try:
-        return AutoTokenizer.from_pretrained(folder)
+        return AutoTokenizer.from_pretrained(folder, trust_remote_code=ours(folder) or None)
     except (OSError, ValueError, KeyError, TypeError, AttributeError, ImportError, RuntimeError) as problem:
         raise CalibrationError(
             f"The tokenizer in {folder} cannot be loaded ({str(problem)[:200]}). {cure}"

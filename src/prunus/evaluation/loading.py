@@ -8,7 +8,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from prunus.errors import ModelError, RecipeError, near
+from prunus.models.modelling import ours
 from prunus.models.quiet import quiet
+from prunus.models.source import is_packed
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -59,6 +61,11 @@ def load_model(
 
     place = check_device(device)
     kind = check_dtype(dtype, place)
+    if is_packed(folder):
+        from prunus.packed.model import load_dense
+
+        return load_dense(folder, device=device, dtype=dtype)
+    trust_remote_code = trust_remote_code or ours(folder)
     try:
         with quiet():
             loaded: Any = AutoModelForCausalLM.from_pretrained(
@@ -71,5 +78,11 @@ def load_model(
         missing = sorted(report["missing_keys"])
         raise ModelError(
             f"{folder} lacks {len(missing)} weights of its architecture, first {missing[0]}; copy it again."
+        )
+    dropped = sorted(name for name in report["unexpected_keys"] if name.endswith(".bias"))
+    if dropped:
+        raise ModelError(
+            f"{folder} holds {len(dropped)} biases that its architecture has no place for, first {dropped[0]}; "
+            "transformers would drop them and compute something else. Its config.json does not belong to its weights."
         )
     return model.to(place).eval()

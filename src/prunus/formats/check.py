@@ -3,16 +3,41 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
 from prunus.loading import load
+from prunus.models.modelling import ours
+
+if TYPE_CHECKING:
+    from prunus.shapes.folder import Shapes
 
 # Tokens of the probe; enough for every head to look back.
 TOKENS = 24
+
+
+def runnable(source: Path, shapes: Shapes | None, scratch: Path) -> Path:
+    """A folder with the same weights that loads; narrowed ones often lie beside the dense model's config.json.
+
+    Args:
+        source: the folder.
+        shapes: the sizes of its blocks, None if they are those of its config.json.
+        scratch: where a folder of links may be made.
+    """
+    from prunus.shapes.write import own_class, write_config
+
+    if shapes is None or shapes.plain or ours(source):
+        return source
+    linked = scratch / "runnable"
+    linked.mkdir()
+    for path in source.iterdir():
+        if path.is_file() and path.name != "config.json":
+            (linked / path.name).symlink_to(path.resolve())
+    write_config(linked, own_class(shapes))
+    return linked
 
 
 def probe_tokens(vocabulary: int) -> Tensor:

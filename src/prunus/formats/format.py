@@ -23,19 +23,27 @@ class Settings:
 
 
 class Format(Protocol):
-    """Turns a model folder into another form, and proves that the result computes the same.
+    """Turns a model folder into another form, and proves that the result computes the same."""
 
-    Attributes:
-        line: what it is, in one line for `prunus export --help` and the documents.
-        suffix: ".gguf" if the result is one file of this ending; None if it is a folder.
-        types: the values of `--type` that it can write; empty if it keeps what is stored.
-        portable: whether `--portable` means anything to it.
-    """
+    @property
+    def line(self) -> str:
+        """What it is, in one line, for the documents."""
+        ...
 
-    line: str
-    suffix: str | None
-    types: tuple[str, ...]
-    portable: bool
+    @property
+    def suffix(self) -> str | None:
+        """The ending of the file if the result is one, such as ".gguf"; None if it is a folder."""
+        ...
+
+    @property
+    def types(self) -> tuple[str, ...]:
+        """The values of `--type` that it can write; empty if it keeps what is stored."""
+        ...
+
+    @property
+    def portable(self) -> bool:
+        """Whether `--portable` means anything to it."""
+        ...
 
     def write(self, source: Path, out: Path, settings: Settings) -> dict[str, Any]:
         """Write the model of `source` to `out`, a new path that is renamed afterwards, and check it by reloading.

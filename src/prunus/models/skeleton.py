@@ -11,6 +11,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, Pre
 from transformers.initialization import no_init_weights
 
 from prunus.errors import ModelError
+from prunus.models.modelling import ours
 
 
 def skeleton(folder: Path, dtype: torch.dtype = torch.float32, trust_remote_code: bool = False) -> PreTrainedModel:
@@ -24,7 +25,14 @@ def skeleton(folder: Path, dtype: torch.dtype = torch.float32, trust_remote_code
     Raises:
         ModelError: the configuration is unknown, quantised, or needs code from the folder that was not allowed.
     """
-    config = read_config(folder, trust_remote_code)
+    trusted = trust_remote_code or ours(folder)
+    return skeleton_of(read_config(folder, trusted), folder, dtype, trusted)
+
+
+def skeleton_of(
+    config: PreTrainedConfig, folder: Path, dtype: torch.dtype = torch.float32, trust_remote_code: bool = False
+) -> PreTrainedModel:
+    """The same for a configuration that is read already; `folder` is named in complaints."""
     if getattr(config, "quantization_config", None):
         raise ModelError(f"{folder} is quantised; prune the unquantised model and quantise the result.")
     with init_empty_weights(include_buffers=False), no_init_weights():

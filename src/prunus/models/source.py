@@ -17,6 +17,7 @@ from typing import NamedTuple
 
 from prunus.errors import ModelError, guess, near
 
+MANIFEST = "packed.json"  # of a packed model
 LOGGER = logging.getLogger("prunus")
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 # What a model and its tokenizer consist of. Pickles are left out: loading one can run any code that is in it.
@@ -95,6 +96,11 @@ def find(model: str | Path, *, cache: Path | None = None, trust_remote_code: boo
     return _from_hub(str(model), (*WANTED, "*.py") if trust_remote_code else WANTED)
 
 
+def is_packed(folder: Path) -> bool:
+    """Whether a folder claims to be a packed model (docs/packed-format.md)."""
+    return (folder / MANIFEST).is_file()
+
+
 def default_cache() -> Path:
     """`$PRUNUS_CACHE`, else `$XDG_CACHE_HOME/prunus`, else `~/.cache/prunus`; made by whoever first writes there."""
     if os.environ.get("PRUNUS_CACHE"):
@@ -148,7 +154,11 @@ def _check_own_code(folder: Path, config: dict) -> None:
     """Refuse code in the folder unless transformers has the architecture itself (Falcon and Phi-3 list both)."""
     from transformers import CONFIG_MAPPING
 
+    from prunus.models.modelling import is_ours
+
     kind = config.get("model_type")
+    if is_ours(folder, config):
+        return
     if kind not in CONFIG_MAPPING:
         raise ModelError(
             f"{folder} needs remote code: transformers has no architecture {kind!r} and config.json names Python files "

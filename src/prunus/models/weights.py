@@ -51,7 +51,7 @@ class Weights:
             for name, buffer in module.named_buffers(recurse=False):
                 module._buffers[name] = buffer.to(device)
         self.mapping: Any = get_model_conversion_mapping(model)
-        self.targets, self.converted = _targets(model, checkpoint.tensors, self.mapping)
+        self.targets, self.converted = disk_targets(model, checkpoint.tensors, self.mapping)
         self._refuse_missing()
 
     def sources(self, prefix: str) -> list[str]:
@@ -170,7 +170,7 @@ class Weights:
                 raise ModelError(f"{self.checkpoint.folder}: no shard holds {name}, which the config promises.")
 
 
-def _targets(
+def disk_targets(
     model: PreTrainedModel, names: Iterable[str], mapping: list
 ) -> tuple[dict[str, tuple[str, ...]], set[str]]:
     """Name on disk → the parameters made of it, and the names that are converted, not only renamed."""

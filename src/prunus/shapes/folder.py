@@ -1,0 +1,111 @@
+"""A folder of tensors in their own shapes, read against its configuration."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
+from transformers.conversion_mapping import get_model_conversion_mapping
+
+from prunus.errors import ModelError
+from prunus.models.checkpoint import Checkpoint
+from prunus.models.discover import find_blocks
+from prunus.models.modelling import plain
+from prunus.models.skeleton import skeleton_of
+from prunus.models.source import read_config
+from prunus.models.weights import disk_targets
+from prunus.shapes.fit import BlockFit, Fitter
+
+
+@dataclass(frozen=True)
+class Shapes:
+    """The sizes of all blocks of a folder.
+
+    Attributes:
+        folder: the folder.
+        written: config.json with the global sizes, of the stock class.
+        config: the same as an object.
+        model: the class that it builds, on the meta device.
+        blocks: dotted path of the list of blocks.
+        fits: what makes each block differ.
+        disk: the model's name of a tensor -> its name on disk.
+        fitter: builds blocks on trial.
+    """
+
+    folder: Path
+    written: dict[str, Any]
+    config: PreTrainedConfig
+    model: PreTrainedModel
+    blocks: str
+    fits: list[BlockFit]
+    disk: dict[str, str]
+    fitter: Fitter
+
+    @property
+    def uniform(self) -> bool:
+        """True if one configuration without further keys describes all blocks but for their biases."""
+        return all(dict(fit.widths) == dict(self.fits[0].widths) for fit in self.fits)
+
+    @property
+    def plain(self) -> bool:
+        """True if the configuration as it stands describes all blocks."""
+        return not any(fit.widths or fit.biases or fit.ranks for fit in self.fits)
+
+    def stored(self, name: str) -> str:
+        """The name on disk of a tensor, which may be a new bias of a module that is there."""
+        if name in self.disk:
+            return self.disk[name]
+        return self.disk[f"{name.removesuffix('.bias')}.weight"].removesuffix("weight") + "bias"
+
+    @property
+    def biases(self) -> list[str]:
+        """Modules of all blocks with a bias that the class does not give them."""
+        return [f"{self.blocks}.{index}.{name}" for index, fit in enumerate(self.fits) for name in fit.biases]
+
+    @property
+    def ranks(self) -> dict[str, int]:
+        """Modules of all blocks that are stored as two factors -> rank."""
+        named = ((f"{self.blocks}.{index}.{name}", rank) for index, fit in enumerate(self.fits) for name, rank in
+                 fit.ranks.items())  # fmt: skip
+        return dict(named)
+
+    @property
+    def per_layer(self) -> dict[str, dict[str, int]]:
+        """Transformers' `per_layer_config`."""
+        digits = len(str(len(self.fits) - 1))
+        return {f"{index:0{digits}}": dict(fit.widths) for index, fit in enumerate(self.fits) if fit.widths}
+
+
+def read_shapes(folder: Path) -> Shapes:
+    """Explain every block of a folder.
+
+    Raises:
+        ModelError: the model has more than one list of blocks.
+        FormatError: some block's tensors fit no widths of the configuration.
+    """
+    written = plain(read_config(folder))
+    kind = dict(written)
+    config = AutoConfig.for_model(kind.pop("model_type"), **kind)
+    model = skeleton_of(config, folder)
+    blocks = find_blocks(model)
+    towers = {block.tower for block in blocks}
+    if len(towers) != 1:
+        raise ModelError(f"{folder} has {len(towers)} lists of blocks; widths of such models cannot be recorded yet.")
+    fitter = Fitter(type(blocks[0].module), config)
+    checkpoint = Checkpoint.open(folder)
+    disk = _names(model, checkpoint)
+    tensors = {name: checkpoint.tensors[stored].shape for name, stored in disk.items()}
+    fits = []
+    for block in blocks:
+        prefix = f"{block.name}."
+        own = {name.removeprefix(prefix): shape for name, shape in tensors.items() if name.startswith(prefix)}
+        fits.append(fitter(block.name, block.index, own))
+    return Shapes(folder, written, config, model, blocks[0].tower, fits, disk, fitter)
+
+
+def _names(model: PreTrainedModel, checkpoint: Checkpoint) -> dict[str, str]:
+    """The model's own names -> the names on disk."""
+    names, _ = disk_targets(model, checkpoint.tensors, get_model_conversion_mapping(model))
+    return {targets[0]: name for name, targets in names.items()}

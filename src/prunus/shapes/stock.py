@@ -1,0 +1,151 @@
+"""Which class of transformers holds a model of one size throughout, with its biases and without any code."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from huggingface_hub.errors import StrictDataclassError
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from prunus.errors import FormatError
+from prunus.shapes.fit import Fitter, Shape
+from prunus.shapes.folder import Shapes
+
+# Switches by which configurations give biases to the matrices of a block.
+FLAGS = ("attention_bias", "mlp_bias")
+# Types of one and the same function, where no sliding window is used: they differ in which biases and which numbers of
+# heads they allow. The order is that of preference: Llama is what most tools know.
+RELABELS = ("llama", "mistral", "qwen2")
+WINDOWS = ("sliding_window", "use_sliding_window", "max_window_layers", "layer_types")
+
+
+@dataclass(frozen=True)
+class Stock:
+    """A stock configuration for a model.
+
+    Attributes:
+        config: config.json.
+        zeros: biases that the class has and the model does not, by the model's names -> shape; zero gives the same.
+        relabelled: the type that the model had, if it gets another.
+    """
+
+    config: dict[str, Any]
+    zeros: Mapping[str, Shape]
+    relabelled: str | None
+
+
+def find_stock(shapes: Shapes, widths: Mapping[str, int]) -> Stock:
+    """The stock class that holds all blocks at these widths.
+
+    Args:
+        shapes: the model.
+        widths: keys of the configuration that hold for all blocks.
+
+    Raises:
+        FormatError: none does; the sentence says why, class by class.
+    """
+    reasons = []
+    if shapes.ranks:
+        raise FormatError("no stock class holds matrices as two factors")
+    own = shapes.written["model_type"]
+    for kind in (own, *(other for other in RELABELS if own in RELABELS and other != own)):
+        try:
+            return _try(shapes, kind, widths)
+        except FormatError as reason:
+            reasons.append(f"{kind}: {reason}")
+    raise FormatError("; ".join(reasons))
+
+
+def _try(shapes: Shapes, kind: str, widths: Mapping[str, int]) -> Stock:
+    own = shapes.written["model_type"]
+    written = _relabelled(shapes, kind) if kind != own else dict(shapes.written)
+    written |= widths
+    head = getattr(shapes.fitter.config, "head_dim", None)
+    if any("heads" in key for key in widths) and isinstance(head, int):
+        written["head_dim"] = head
+    needed = {f"{name}.bias" for fit in shapes.fits for name in fit.biases}
+    reason = "it has no place for these biases"
+    for flags in _flags(written, kind):
+        try:
+            fitter = _fitter({**written, **flags})
+        except (ValueError, TypeError, RuntimeError, StrictDataclassError) as problem:
+            reason = " ".join(str(problem).split()).rpartition("Error: ")[2].rstrip(".")[-200:]
+            continue
+        zeros = _zeros(shapes, fitter, needed)
+        if zeros is not None:
+            named = {f"{shapes.blocks}.{name}": shape for name, shape in zeros.items()}
+            return Stock({**written, **flags}, named, own if kind != own else None)
+    raise FormatError(reason)
+
+
+def _flags(written: Mapping[str, Any], kind: str) -> Iterator[dict[str, bool]]:
+    """Ways to set the switches, fewest first; only those that the configuration's class knows."""
+    known = AutoConfig.for_model(kind)
+    switches = [flag for flag in FLAGS if hasattr(known, flag) and not written.get(flag)]
+    for count in range(len(switches) + 1):
+        for chosen in itertools.combinations(switches, count):
+            yield dict.fromkeys(chosen, True)
+
+
+def _fitter(written: Mapping[str, Any]) -> Fitter:
+    """Builds blocks of the configuration.
+
+    Raises:
+        ValueError: the class refuses the configuration.
+    """
+    fields = dict(written)
+    config = AutoConfig.for_model(fields.pop("model_type"), **fields)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    lists = [part for part in model.modules() if isinstance(part, nn.ModuleList) and len(part) == len(_all(config))]
+    return Fitter(type(lists[0][0]), config)
+
+
+def _all(config: Any) -> range:
+    return range(config.num_hidden_layers)
+
+
+def _zeros(shapes: Shapes, fitter: Fitter, needed: set[str]) -> dict[str, Shape] | None:
+    """Biases to fill with zeros, relative to the list of blocks; None if the class does not hold the model."""
+    zeros: dict[str, Shape] = {}
+    for index, fit in enumerate(shapes.fits):
+        built = fitter.shapes(index, {})
+        dense = shapes.fitter.shapes(index, fit.widths)
+        have = {*dense, *(f"{name}.bias" for name in fit.biases)}
+        more = set(built) - have
+        if have - set(built) or any(not name.endswith(".bias") for name in more) or needed - set(built):
+            return None
+        zeros |= {f"{index}.{name}": built[name] for name in more}
+    return zeros
+
+
+def _relabelled(shapes: Shapes, kind: str) -> dict[str, Any]:
+    """config.json under another type of the same function.
+
+    Raises:
+        FormatError: the function is not the same.
+    """
+    written = shapes.written
+    config = shapes.config
+    window = written.get("sliding_window") is not None and written.get("use_sliding_window", True)
+    if window or "sliding_attention" in (written.get("layer_types") or ()):
+        raise FormatError("it has no sliding window, which this model uses")
+    if written.get("hidden_act", "silu") != "silu":
+        raise FormatError("the activation differs")
+    target = AutoConfig.for_model(kind)
+    kept = {key: value for key, value in written.items() if key not in (*WINDOWS, "model_type", "architectures")}
+    kept |= {"model_type": kind, "head_dim": shapes.fitter.config.head_dim}
+    kept["num_key_value_heads"] = config.num_key_value_heads
+    kept["tie_word_embeddings"] = config.tie_word_embeddings
+    kept["rope_parameters"] = config.to_dict()["rope_parameters"]
+    if hasattr(target, "sliding_window"):
+        kept |= {"sliding_window": None}
+    if written["model_type"] == "qwen2" and kind == "llama":
+        kept["attention_bias"] = True  # q, k and v always have one there
+    names = {"llama": "LlamaForCausalLM", "mistral": "MistralForCausalLM", "qwen2": "Qwen2ForCausalLM"}
+    return {**kept, "architectures": [names[kind]]}
