@@ -11,7 +11,7 @@ import typer
 from typer.exceptions import TyperException
 
 from prunus import __version__
-from prunus.cli import catalogue, evaluate, export, generate, inspect, prune, run
+from prunus.cli import bench, catalogue, evaluate, export, generate, inspect, prune, run
 from prunus.cli.pages import Page, Pages
 from prunus.errors import PrunusError
 
@@ -30,6 +30,8 @@ COMMANDS = {
     "generate": (generate.generate, "Continue a prompt, token by token."),
     "inspect": (inspect.inspect, "Show where the zeros of a checkpoint are."),
     "export": (export.export, "Write a model in a form that another tool runs."),
+    "bench": (bench.bench, "Measure speed beside other engines."),
+    "doctor": (bench.doctor, "Say what can run on this machine."),
     "run": (run.run, "Do all stages of a recipe."),
     "methods": (catalogue.methods, "List what there is to choose from."),
     "schema": (catalogue.schema, "Print the JSON schema of recipes."),

@@ -12,6 +12,7 @@ from prunus.cli.session import show, working
 EXAMPLES = {
     "evaluate": """
 prunus evaluate out --baseline smollm2
+prunus evaluate packed --engine packed --baseline smollm2
 prunus evaluate out --text book.txt --length 512 --windows 20
 prunus evaluate out --sample "The tree in the garden" --json
 """
@@ -43,6 +44,12 @@ EVALUATE = {
         "Begin each window with the BOS token: auto (where the tokenizer does), always or never. Default: auto.",
     ),
     "sample": option("--sample PROMPT", WHAT, "Also continue this prompt, greedily, by one sentence."),
+    "engine": option(
+        "--engine NAME",
+        MACHINE,
+        "What computes MODEL: transformers, or packed (its own numbers, int8 activations and all; the baseline stays "
+        "with transformers). Default: transformers.",
+    ),
     "device": option("--device DEVICE", MACHINE, "cpu, cuda or cuda:1. Default: cpu."),
     "dtype": option(
         "--dtype DTYPE",
@@ -68,12 +75,12 @@ def evaluate(model: Model, as_json: Json = False, quiet: Quiet = False, **option
         from prunus.recipe import EvaluatePart
         from prunus.recipe_options import EVALUATE_PLACES, from_options
 
-        baseline = options.pop("baseline")
+        baseline, engine = options.pop("baseline"), options.pop("engine") or "transformers"
         recipe = from_options({"model": model, **options}, places=EVALUATE_PLACES, spell=spell(EVALUATE))
         part = (recipe.evaluate or EvaluatePart()).model_dump(exclude={"baseline"})
         machine = {name: getattr(recipe, name) for name in ("device", "dtype", "trust_remote_code")}
         # Only now, so that a slip of the pen is answered at once.
         from prunus.evaluation.perplexity import evaluate as measure
 
-        result = measure(recipe.model, baseline=baseline, progress=progress, **part, **machine)
+        result = measure(recipe.model, baseline=baseline, engine=engine, progress=progress, **part, **machine)
     show(result, report.evaluate_text, as_json=as_json)

@@ -15,6 +15,7 @@ EXAMPLES = {
     "generate": """
 prunus generate smollm2 --prompt "The tree in the garden"
 prunus generate out --prompt "Once upon a time" --max-new-tokens 200 --temperature 0.8 --top-p 0.95 --seed 7
+prunus generate packed --prompt "Once upon a time" --json
 cat story.txt | prunus generate out --prompt - --json
 """
 }
@@ -43,7 +44,10 @@ GENERATE = {
     ),
     "seed": option("--seed N", CHOICE, "Seed of the draw; the same seed draws the same text. Default: 0."),
     "engine": option(
-        "--engine NAME", MACHINE, "What computes: transformers (any model, any device). Default: transformers."
+        "--engine NAME",
+        MACHINE,
+        "What computes: transformers (any model, any device), or packed (compiled kernels on the CPU; an ordinary "
+        "folder is packed on the fly, without loss). Default: packed for a packed folder, else transformers.",
     ),
     "device": option("--device DEVICE", MACHINE, "cpu, cuda or cuda:1. Default: cpu."),
     "dtype": option(

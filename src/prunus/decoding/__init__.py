@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 # Name -> module; imported when chosen, because most need PyTorch.
 ENGINES: dict[str, str] = {
     "transformers": "prunus.decoding.stock",
+    "packed": "prunus.decoding.packed",
 }
 
 

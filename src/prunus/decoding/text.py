@@ -12,7 +12,7 @@ from prunus.data.tokens import folder_positions, load_tokenizer
 from prunus.decoding import find_engine
 from prunus.decoding.sampling import Sampling
 from prunus.errors import RecipeError
-from prunus.models.source import find
+from prunus.models.source import find, is_packed
 
 
 def generate(
@@ -20,7 +20,7 @@ def generate(
     prompt: str,
     how: Sampling | None = None,
     *,
-    engine: str = "transformers",
+    engine: str = "auto",
     device: str = "cpu",
     dtype: str = "auto",
     trust_remote_code: bool = False,
@@ -32,7 +32,7 @@ def generate(
         model: a folder, a hub id, a .gguf file or an alias.
         prompt: not empty; it gets the special tokens that the tokenizer puts by itself.
         how: the choice of tokens; greedy, 64 of them, unless given.
-        engine: a row of `ENGINES`.
+        engine: a row of `ENGINES`; auto: packed for a packed folder, else transformers.
         device: such as cpu or cuda:0.
         dtype: auto, float32, bfloat16 or float16.
         trust_remote_code: as in `locate`.
@@ -48,10 +48,13 @@ def generate(
         PrunusError: the model or its tokenizer cannot be used.
     """
     how = how or Sampling()
-    module = find_engine(engine)
+    if engine != "auto":
+        find_engine(engine)
     if not prompt.strip():
         raise RecipeError("The prompt is empty; give a few words to continue.")
     folder = find(model, trust_remote_code=trust_remote_code)
+    engine = ("packed" if is_packed(folder) else "transformers") if engine == "auto" else engine
+    module = find_engine(engine)
     module.check(folder, trust_remote_code=trust_remote_code)
     tokenizer = load_tokenizer(folder)
     ids = list(tokenizer(prompt)["input_ids"])

@@ -10,6 +10,7 @@ import torch
 from prunus.errors import ModelError, RecipeError, near
 from prunus.models.modelling import ours
 from prunus.models.quiet import quiet
+from prunus.models.source import is_packed
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -62,6 +63,10 @@ def load_model(
 
     place = check_device(device)
     kind = check_dtype(dtype, place)
+    if is_packed(folder):
+        from prunus.packed.model import load_dense
+
+        return load_dense(folder, device=device, dtype=dtype)
     trust_remote_code = trust_remote_code or ours(folder)
     if is_fitted(folder):
         model, _ = load_fitted(folder, _stored(folder) if kind == "auto" else kind, place, trust_remote_code)

@@ -5,14 +5,14 @@ from __future__ import annotations
 import math
 import statistics
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from prunus.data.reading import read
 from prunus.data.tokens import check_bos, check_vocabulary, load_tokenizer
-from prunus.errors import ModelError
+from prunus.errors import ModelError, RecipeError, near
 from prunus.evaluation.loading import check_device, check_dtype, load_model
 from prunus.evaluation.losses import plan_pieces, token_losses
 from prunus.evaluation.sample import sample as continue_prompt
@@ -37,6 +37,7 @@ def evaluate(  # noqa: PLR0913 - one argument for each thing that is part of the
     dtype: str = "auto",
     sample: str | None = None,
     trust_remote_code: bool = False,
+    engine: str = "transformers",
     progress: Progress | None = None,
 ) -> dict[str, Any]:
     """exp(mean over windows of the window's mean negative log-likelihood) (SparseGPT, Wanda and everyone after).
@@ -59,10 +60,12 @@ def evaluate(  # noqa: PLR0913 - one argument for each thing that is part of the
         dtype: "auto" (float32 on a CPU, else the checkpoint's own), float32, bfloat16 or float16.
         sample: a prompt; each model's greedy sentence is added under `sample`.
         trust_remote_code: as in `locate`.
+        engine: what computes `model`: transformers, or packed, which packs an ordinary folder without loss first. The
+            baseline is always computed by transformers.
         progress: told after each window.
 
     Returns:
-        A JSON object: model, perplexity, loss (nats a token), loss_stderr (standard error of the mean over windows;
+        A JSON object: model, engine, perplexity, loss (nats a token), loss_stderr (standard error of the mean over windows;
         None for one), windows, length, predictions, tokens (in the windows), text_tokens (in the whole text), text,
         text_sha256, bos, dtype, device, seconds (of the windows alone), versions and, where asked, sample, baseline
         (the same keys) and ratio (perplexity over the baseline's).
@@ -75,6 +78,8 @@ def evaluate(  # noqa: PLR0913 - one argument for each thing that is part of the
     """
     check_numbers(length, windows, indices)
     check_bos(bos)
+    if engine not in LOADERS:
+        raise RecipeError(f"There is no engine {engine!r} to evaluate with.{near(engine, LOADERS)}")
     check_dtype(dtype, check_device(device))
     reading = read(text, purpose="evaluation")
     names = [str(model)] if baseline is None else [str(baseline), str(model)]
@@ -88,8 +93,14 @@ def evaluate(  # noqa: PLR0913 - one argument for each thing that is part of the
     chosen = choose(len(plans[0].ids), windows, indices, reading.source)
     results = []
     for name, folder, plan in zip(names, folders, plans, strict=True):
-        loaded = load_model(folder, device=device, dtype=dtype, trust_remote_code=trust_remote_code)
-        result = {"model": name, **measure(loaded, plan, chosen, note=Path(name).name, progress=progress or Silent())}
+        own = engine if folder is folders[-1] else "transformers"
+        how = {"device": device, "dtype": dtype}
+        loaded = LOADERS[own](folder, trust_remote_code=trust_remote_code, **how)
+        result = {
+            "model": name,
+            "engine": own,
+            **measure(loaded, plan, chosen, note=Path(name).name, progress=progress or Silent()),
+        }
         result |= {"text": reading.source, "text_sha256": reading.sha256, "versions": versions()}
         if sample is not None:
             result["sample"] = continue_prompt(loaded, load_tokenizer(folder), prompt=sample)
@@ -98,6 +109,18 @@ def evaluate(  # noqa: PLR0913 - one argument for each thing that is part of the
     if baseline is None:
         return results[0]
     return {**results[1], "baseline": results[0], "ratio": results[1]["perplexity"] / results[0]["perplexity"]}
+
+
+def _load_packed(folder: Path, *, device: str, dtype: str, trust_remote_code: bool) -> Any:
+    from prunus.packed.running import open_model
+
+    if device != "cpu" or dtype not in ("auto", "float32"):
+        raise RecipeError(f"The packed engine runs on the CPU in float32, not on {device} in {dtype}; leave both out.")
+    return open_model(folder)
+
+
+# What computes a model -> how it is loaded.
+LOADERS: dict[str, Callable[..., Any]] = {"transformers": load_model, "packed": _load_packed}
 
 
 def measure(

@@ -27,7 +27,8 @@ class Dense:
     def write(self, source: Path, out: Path, settings: Settings) -> dict[str, Any]:
         """See `Format.write`."""
         from prunus.models.checkpoint import INDEX, Checkpoint
-        from prunus.packed.folder import PackedFolder, is_packed
+        from prunus.models.source import is_packed
+        from prunus.packed.folder import PackedFolder
         from prunus.packed.writing import copy_files, save_readable
 
         if not is_packed(source):

@@ -23,7 +23,8 @@ class Packed:
 
     def write(self, source: Path, out: Path, settings: Settings) -> dict[str, Any]:
         """See `Format.write`."""
-        from prunus.packed.folder import PackedFolder, is_packed
+        from prunus.models.source import is_packed
+        from prunus.packed.folder import PackedFolder
         from prunus.packed.writing import write
 
         if is_packed(source):

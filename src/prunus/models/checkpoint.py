@@ -19,7 +19,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from prunus.errors import FormatError, ModelError
-from prunus.models.source import PICKLES
+from prunus.models.source import PICKLES, is_packed
 
 INDEX = "model.safetensors.index.json"
 
@@ -62,7 +62,7 @@ class Checkpoint:
             ModelError: no safetensors in the folder, or an index that names a missing or outside file; or a packed one.
             FormatError: a shard is truncated or its header is not what safetensors promises.
         """
-        if (folder / "packed.json").is_file():
+        if is_packed(folder):
             raise ModelError(
                 f"{folder} is a packed model, which cannot be read as an ordinary one. Restore it first: "
                 f"prunus export {folder} NEW --format dense."

@@ -17,6 +17,7 @@ from typing import NamedTuple
 
 from prunus.errors import ModelError, guess, near
 
+MANIFEST = "packed.json"  # of a packed model
 LOGGER = logging.getLogger("prunus")
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 # What a model and its tokenizer consist of. Pickles are left out: loading one can run any code that is in it.
@@ -93,6 +94,11 @@ def find(model: str | Path, *, cache: Path | None = None, trust_remote_code: boo
     if str(model) in ALIASES:
         return _from_alias(str(model), models)
     return _from_hub(str(model), (*WANTED, "*.py") if trust_remote_code else WANTED)
+
+
+def is_packed(folder: Path) -> bool:
+    """Whether a folder claims to be a packed model (docs/packed-format.md)."""
+    return (folder / MANIFEST).is_file()
 
 
 def default_cache() -> Path:

@@ -15,10 +15,10 @@ from torch import Tensor
 
 from prunus.errors import FormatError
 from prunus.models.checkpoint import Checkpoint, Stored
+from prunus.models.source import MANIFEST
 from prunus.packed.matrix import KINDS, SCALED, PackedMatrix, QuantizedMatrix, check, check_quantized
 from prunus.packed.reference import dequantize, unpack
 
-MANIFEST = "packed.json"
 FORMAT, VERSION = "prunus-packed", 1
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 PLAIN = {**DTYPES, **{str(kind).removeprefix("torch."): kind for kind in (torch.float64, torch.int64, torch.int32)}}
@@ -146,11 +146,6 @@ def to_dense(found: Read, entry: Entry) -> Tensor:
         return found.to(PLAIN[entry.dtype])
     dense = unpack(found) if isinstance(found, PackedMatrix) else dequantize(found)
     return dense.view(entry.shape).to(DTYPES[entry.dtype])
-
-
-def is_packed(folder: Path) -> bool:
-    """Whether a folder claims to be packed."""
-    return (Path(folder) / MANIFEST).is_file()
 
 
 def part_name(name: str, part: str) -> str:

@@ -87,8 +87,34 @@ def main_dtype(packed: PackedFolder) -> str:
 
 
 def load(folder: Path, *, device: str = "cpu", dtype: str = "auto") -> Any:
-    """The loader of packed folders for `prunus.load`."""
+    """The loader of packed folders for `prunus.load`: the fastest way that this machine and the architecture allow.
+
+    Returns:
+        A `running.PackedModel` (the compiled engine); else a transformers model, with `SparseLinear`s where there are
+        kernels, unpacked where there are none. A warning says which it is, if it is not the engine.
+
+    Raises:
+        PrunusError: the folder is damaged, or device or dtype cannot be used.
+    """
+    from prunus.models.skeleton import read_config
+    from prunus.runtime.engine import covers
+    from prunus.runtime.native import absence, available
+
+    native = available()
+    if native is None or device != "cpu" or dtype not in ("auto", "float32"):
+        why = absence() or f"the kernels run on the CPU in float32, not on {device} in {dtype}"
+        LOGGER.warning(
+            "%s is run by PyTorch with its weights unpacked, no faster than a dense model: %s.", folder.name, why
+        )
+        return load_dense(folder, device=device, dtype=dtype)
+    problem = covers(read_config(folder).get_text_config())
+    if problem is None:
+        from prunus.packed.running import open_model
+
+        return open_model(folder)
+    from prunus.packed.linear import load_sparse
+
     LOGGER.warning(
-        "%s is run by transformers with its weights unpacked: nothing is faster or smaller in memory.", folder
+        "%s is run by transformers with sparse matrices, slower than the engine could: %s", folder.name, problem
     )
-    return load_dense(folder, device=device, dtype=dtype)
+    return load_sparse(folder, native)

@@ -98,7 +98,7 @@ def write(source: Path, out: Path, values: str, trust_remote_code: bool = False)
     rounded = 0
     for name, tensor in checkpoint.read(checkpoint.tensors):
         try:
-            found = _form(name, tensor, values, plan, orders.get(name))
+            found = form(name, tensor, values, plan, orders.get(name))
         except ModelError as error:
             raise ModelError(f"{name}: {error}") from None
         rounded += values == "bf16" and name in plan.matrices | plan.tables and not _fits(tensor)
@@ -131,8 +131,19 @@ def copy_files(source: Path, out: Path, packed: bool) -> None:
     (out / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
 
-def _form(name: str, tensor: Tensor, values: str, plan: Layout, order: Tensor | None) -> Read:
-    """How one tensor is stored."""
+def form(name: str, tensor: Tensor, values: str, plan: Layout, order: Tensor | None) -> Read:
+    """How one tensor is stored.
+
+    Args:
+        name: on disk.
+        tensor: as in the Hugging Face folder.
+        values: a name of `VALUES`.
+        plan: which tensors are what.
+        order: of the columns of a packed matrix.
+
+    Raises:
+        ModelError: it holds NaN, infinite or absurdly large weights.
+    """
     flat = tensor.flatten(0, -2) if tensor.ndim >= 2 else tensor
     if name in plan.matrices:
         kind = values if values in ("int8", "int4") else _exact_kind(tensor, values)

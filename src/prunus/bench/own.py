@@ -1,0 +1,50 @@
+"""Our own loop: the packed engine, and the same loop on dense weights, which is the honest baseline."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+
+from prunus.models.skeleton import read_config
+from prunus.packed.matrix import PackedMatrix, QuantizedMatrix
+from prunus.packed.weights import engine_weights
+from prunus.runtime.engine import Engine
+
+
+class Own:
+    """The engine on a folder."""
+
+    def __init__(self, folder: Path, values: str) -> None:
+        weights = engine_weights(folder, values)
+        self.file_bytes = sum(_bytes(weight) for weight in weights.values())
+        self.engine = Engine(read_config(folder).get_text_config(), weights)
+        self.bytes_per_token = self.engine.bytes_per_token
+
+    def prefill(self, ids: list[int]) -> float:
+        """See `Runner.prefill`."""
+        self.engine.reset()
+        begun = time.perf_counter()
+        self.engine.prefill(ids)
+        return time.perf_counter() - begun
+
+    def decode(self, ids: list[int], tokens: int) -> float:
+        """See `Runner.decode`."""
+        self.engine.reset()
+        token = int(self.engine.prefill(ids).argmax())
+        begun = time.perf_counter()
+        for _ in range(tokens):
+            token = int(self.engine.step(token).argmax())
+        return (time.perf_counter() - begun) / tokens
+
+
+def open(folder: Path, variant: str) -> Own:
+    """`variant`: packed, or a name of `packed.weights.DENSE`."""
+    return Own(folder, variant)
+
+
+def _bytes(weight: object) -> int:
+    if isinstance(weight, PackedMatrix):
+        return weight.bytes
+    if isinstance(weight, QuantizedMatrix):
+        return weight.codes.nbytes + weight.scales.nbytes
+    return weight.nbytes  # type: ignore[attr-defined]

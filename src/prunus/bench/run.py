@@ -1,0 +1,239 @@
+"""`prunus bench`: all engines in turns, round after round, so that a busy moment of the machine hits all of them."""
+
+from __future__ import annotations
+
+import json
+import os
+import statistics
+import subprocess
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+from prunus.bench import DEFAULT, KINDS, Kind
+from prunus.errors import PrunusError, RecipeError, near
+from prunus.models.source import is_packed, locate, read_config
+from prunus.progress import Progress, Silent
+
+
+@dataclass(frozen=True)
+class Setup:
+    """What is measured.
+
+    Attributes:
+        tokens: made in each round of decoding, at least 2.
+        prompt: tokens that prefill reads, at least 2; decoding begins behind 16.
+        rounds: turns of every engine, at least 1; the median counts.
+        threads: of every engine, at least 1.
+    """
+
+    tokens: int = 64
+    prompt: int = 128
+    rounds: int = 3
+    threads: int = 1
+
+    def __post_init__(self) -> None:
+        """Refuse numbers out of range.
+
+        Raises:
+            RecipeError: naming the number.
+        """
+        for name, least in (("tokens", 2), ("prompt", 2), ("rounds", 1), ("threads", 1)):
+            if getattr(self, name) < least:
+                raise RecipeError(f"The bench's {name} is at least {least}, not {getattr(self, name)}.")
+
+
+@dataclass
+class Engine:
+    """A worker that is running."""
+
+    name: str
+    process: subprocess.Popen[str]
+    holds: dict[str, Any]
+
+    def ask(self, **order: Any) -> dict[str, Any]:
+        """Give an order and wait.
+
+        Raises:
+            PrunusError: the worker died.
+        """
+        assert self.process.stdin is not None
+        try:
+            self.process.stdin.write(json.dumps(order) + "\n")
+            self.process.stdin.flush()
+        except BrokenPipeError:
+            raise PrunusError(f"{self.name} died while it was measured; is there enough memory?") from None
+        return _answer(self.process, self.name)
+
+
+def bench(
+    model: str | Path,
+    *,
+    against: Sequence[str] = DEFAULT,
+    values: str | None = None,
+    setup: Setup | None = None,
+    progress: Progress | None = None,
+) -> dict[str, Any]:
+    """Tokens a second of the packed engine and of others on the same weights.
+
+    Args:
+        model: a packed folder, or an ordinary one, which is packed into a temporary folder first.
+        against: names of `KINDS`.
+        values: what an ordinary folder is packed as: a name of `packed.writing.VALUES`; None: int8.
+        setup: how much is measured; one thread for each core unless given.
+        progress: told about every measurement.
+
+    Returns:
+        `model`, `isa`, `threads`, `setup`, `rows[]` with `engine`, `phase`, `tokens`, `tokens_per_second` (median over
+        the rounds), `spread` (largest over smallest of them), `bytes_per_token`, `file_bytes`, `peak_rss_bytes`; and
+        `skipped[]` with `engine` and `why`.
+
+    Raises:
+        PrunusError: an unknown baseline, or the model itself cannot be run.
+    """
+    from prunus.runtime.native import require
+
+    for name in against:
+        if name not in KINDS:
+            raise RecipeError(f"There is no baseline {name!r}.{near(name, KINDS)}")
+    native = require()
+    setup, progress = setup or Setup(threads=native.threads), progress or Silent()
+    source = locate(model)
+    if is_packed(source) and values is not None:
+        raise RecipeError(f"{source} is packed already; leave --values out.")
+    with TemporaryDirectory(prefix="prunus-bench-") as scratch, ExitStack() as running:
+        packed, values = _packed(source, Path(scratch), values or "int8", progress)
+        engines, skipped = [], []
+        for name in ["packed", *dict.fromkeys(name for name in against if name != "packed")]:
+            progress.stage(f"load {name}", len(KINDS[name].variants))
+            found, why = _start(name, packed, Path(scratch), setup, running, progress)
+            engines += found
+            skipped += [{"engine": name, "why": why}] if why else []
+            if name == "packed":
+                if why:
+                    raise PrunusError(why)
+                engines[0].name = f"packed-{values}"
+        rows = _measure(engines, setup, _vocabulary(source), progress)
+    progress.close()
+    return {
+        "model": str(model), "isa": native.isa, "threads": setup.threads, "values": values,
+        "setup": {"tokens": setup.tokens, "prompt": setup.prompt, "rounds": setup.rounds},
+        "rows": rows, "skipped": skipped,
+    }  # fmt: skip
+
+
+def _packed(source: Path, scratch: Path, values: str, progress: Progress) -> tuple[Path, str]:
+    """The packed folder to measure, and what its values are."""
+    from prunus.packed.folder import PackedFolder
+    from prunus.packed.writing import VALUES, write
+
+    if is_packed(source):
+        return source, PackedFolder.open(source).values
+    if values not in VALUES:
+        raise RecipeError(f"Values are {', '.join(VALUES)}, not {values!r}.{near(values, VALUES)}")
+    progress.stage("pack", 1)
+    write(source, scratch / "packed", values)
+    progress.advance(values)
+    return scratch / "packed", values
+
+
+def _start(
+    name: str, packed: Path, scratch: Path, setup: Setup, running: ExitStack, progress: Progress
+) -> tuple[list[Engine], str]:
+    """The workers of one kind, or why there are none."""
+    kind = KINDS[name]
+    if kind.package and find_spec(kind.package) is None:
+        return [], f"the package {kind.package} is not installed: {kind.install}"
+    try:
+        folder = _prepared(kind, packed, scratch) if kind.dense else packed
+        engines = []
+        for row, variant in kind.variants.items():
+            engines.append(running.enter_context(_worker(row, kind.module, folder, variant, setup.threads)))
+            progress.advance(row)
+    except PrunusError as problem:
+        return [], str(problem)
+    return engines, ""
+
+
+def _prepared(kind: Kind, packed: Path, scratch: Path) -> Path:
+    """Files for an engine that needs the zeros in place."""
+    from importlib import import_module
+
+    from prunus.formats import FORMATS, Settings
+
+    dense = scratch / "dense"
+    if not dense.exists():
+        FORMATS["dense"].write(packed, dense, Settings())
+    folder = scratch / "files"
+    folder.mkdir()
+    import_module(kind.module).prepare(dense, folder, list(kind.variants.values()))
+    return folder
+
+
+@contextmanager
+def _worker(name: str, module: str, folder: Path, variant: str, threads: int) -> Iterator[Engine]:
+    environment = os.environ | {"OMP_NUM_THREADS": str(threads), "PRUNUS_THREADS": str(threads)}
+    process = subprocess.Popen(
+        [sys.executable, "-m", "prunus.bench.worker", module, str(folder), variant],
+        stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, env=environment,
+    )  # fmt: skip
+    try:
+        holds = _answer(process, name)
+        if "refused" in holds:
+            raise PrunusError(holds["refused"])
+        yield Engine(name, process, holds)
+    finally:
+        process.kill()
+        process.communicate()
+
+
+def _answer(process: subprocess.Popen[str], name: str) -> dict[str, Any]:
+    assert process.stdout is not None
+    line = process.stdout.readline()
+    if not line:
+        raise PrunusError(f"{name} died while it was measured; is there enough memory?")
+    return json.loads(line)
+
+
+def _measure(engines: list[Engine], setup: Setup, vocabulary: int, progress: Progress) -> list[dict[str, Any]]:
+    """One row for each engine and phase."""
+    # Any tokens will do: the time does not depend on which. Small ids are in every vocabulary.
+    ids = [3 + 7 * place % max(1, min(vocabulary, 20_000) - 3) for place in range(setup.prompt)]
+    orders = {
+        "prefill": {"ids": ids, "tokens": setup.prompt},
+        "decode": {"ids": ids[: min(16, setup.prompt)], "tokens": setup.tokens},
+    }
+    progress.stage("measure", setup.rounds * len(engines) * len(orders))
+    seconds: dict[tuple[str, str], list[float]] = {}
+    peaks: dict[str, int] = {}
+    for engine in engines:  # once unmeasured: caches, pages, threads
+        engine.ask(phase="decode", ids=ids[:4], tokens=2)
+    for _ in range(setup.rounds):
+        for phase, order in orders.items():
+            for engine in engines:
+                found = engine.ask(phase=phase, **order)
+                each = found["seconds"] / (setup.prompt if phase == "prefill" else 1)
+                seconds.setdefault((engine.name, phase), []).append(each)
+                peaks[engine.name] = found["peak_rss_bytes"]
+                progress.advance(f"{engine.name} {phase}")
+    return [
+        {
+            "engine": engine.name, "phase": phase, "tokens": order["tokens"],
+            "tokens_per_second": 1 / statistics.median(seconds[engine.name, phase]),
+            "spread": max(seconds[engine.name, phase]) / min(seconds[engine.name, phase]),
+            "bytes_per_token": engine.holds["bytes_per_token"], "file_bytes": engine.holds["file_bytes"],
+            "peak_rss_bytes": peaks[engine.name],
+        }
+        for phase, order in orders.items()
+        for engine in engines
+    ]  # fmt: skip
+
+
+def _vocabulary(folder: Path) -> int:
+    config = read_config(folder)
+    return int(config.get("vocab_size") or (config.get("text_config") or {}).get("vocab_size") or 256)

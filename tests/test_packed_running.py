@@ -1,0 +1,188 @@
+"""Packed models that run: the compiled engine and sparse modules say what transformers says."""
+
+from __future__ import annotations
+
+import json
+import logging
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, Qwen2Config, StableLmConfig
+
+import prunus
+from prunus.cli import main
+from prunus.errors import RecipeError
+from prunus.packed.linear import SparseLinear, load_sparse
+from prunus.packed.running import PackedModel, open_model
+from prunus.packed.weights import engine_weights
+from prunus.runtime.native import available
+
+STORIES = Path(__file__).parent / "assets" / "stories260k"
+IDS = torch.arange(3, 40)[None]
+
+kernels = pytest.mark.skipif(available() is None, reason="no compiled kernels here")
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    """A pruned folder and its packed forms."""
+    place = tmp_path_factory.mktemp("running")
+    prunus.prune(STORIES, place / "pruned", method="wanda", sparsity=0.5, samples=4, length=64)
+    for values in ("lossless", "int8", "int4"):
+        prunus.export(place / "pruned", place / values, format="packed", type=values)
+    return place
+
+
+@pytest.fixture(scope="module")
+def dense(folders):
+    return AutoModelForCausalLM.from_pretrained(folders / "pruned", dtype=torch.float32).eval()
+
+
+def off(model, dense, ids=IDS):
+    """Largest difference of a logit, over the largest logit."""
+    with torch.no_grad():
+        wanted = dense(ids).logits
+        return float((model(ids).logits - wanted).abs().max() / wanted.abs().max())
+
+
+@kernels
+@pytest.mark.parametrize(("values", "most"), [("lossless", 1e-5), ("int8", 0.04), ("int4", 0.4)])
+def test_the_engine_computes_what_the_pruned_model_does(values, most, folders, dense, caplog):
+    with caplog.at_level(logging.WARNING, logger="prunus"):
+        model = prunus.load(folders / values)
+    assert isinstance(model, PackedModel)
+    assert not caplog.records
+    assert off(model, dense) < most
+
+
+@kernels
+def test_generate_takes_transformers_arguments(folders, dense):
+    model = prunus.load(folders / "lossless")
+    for how in (
+        {"max_new_tokens": 20, "do_sample": False},
+        {"max_length": 50, "do_sample": False, "repetition_penalty": 1.3},
+        {"max_new_tokens": 8, "num_beams": 1, "do_sample": False, "suppress_tokens": [400, 401], "use_cache": True},
+    ):
+        assert torch.equal(model.generate(IDS, **how), dense.generate(IDS, pad_token_id=0, **how))
+    two = model.generate(IDS.repeat(2, 1), max_new_tokens=5, do_sample=False)
+    assert torch.equal(two[0], two[1])
+    assert two.shape == (2, IDS.shape[1] + 5)
+    drawn = [
+        model.generate(
+            IDS, do_sample=True, top_k=50, temperature=1.5, max_new_tokens=9, generator=torch.Generator().manual_seed(s)
+        )
+        for s in (1, 1, 2)
+    ]
+    assert torch.equal(drawn[0], drawn[1])
+    assert not torch.equal(drawn[0], drawn[2])
+    loss = model(IDS, labels=IDS).loss
+    assert float(loss) == pytest.approx(dense(IDS, labels=IDS).loss.item(), rel=1e-4)
+
+
+@kernels
+def test_what_the_engine_lacks_is_refused_by_name(folders):
+    model = prunus.load(folders / "int8")
+    with pytest.raises(RecipeError, match="num_beams=4"):
+        model.generate(IDS, num_beams=4)
+    with pytest.raises(RecipeError, match="without padding"):
+        model.generate(IDS, attention_mask=torch.zeros_like(IDS))
+    with pytest.raises(RecipeError, match="context"):
+        model.generate(IDS, max_new_tokens=5000)
+    with pytest.raises(RecipeError, match="output_hidden_states"):
+        model(IDS, output_hidden_states=True)
+
+
+@kernels
+@pytest.mark.parametrize("values", ["dense-fp32", "dense-bf16", "dense-int8"])
+def test_the_dense_loop_holds_the_same_weights(values, folders, dense):
+    assert off(open_model(folders / "pruned", values), dense) < {"dense-fp32": 1e-5}.get(values, 0.05)
+    assert off(open_model(folders / "lossless", values), dense) < {"dense-fp32": 1e-5}.get(values, 0.05)
+
+
+@kernels
+def test_an_ordinary_folder_is_packed_on_the_fly(folders, dense):
+    assert off(open_model(folders / "pruned"), dense) < 1e-5
+    kinds = {type(weight).__name__ for weight in engine_weights(folders / "pruned", "int8").values()}
+    assert kinds == {"PackedMatrix", "QuantizedMatrix", "Tensor"}
+
+
+@kernels
+@pytest.mark.parametrize("tokens", [5, 37])
+def test_sparse_modules_stand_in_for_linear_ones(tokens, folders, dense):
+    model = load_sparse(folders / "lossless", available())
+    assert sum(isinstance(module, SparseLinear) for module in model.modules()) == 35
+    assert off(model, dense, IDS[:, :tokens]) < 1e-5
+
+
+def small(config):
+    """A random model that was pruned by hand."""
+    model = AutoModelForCausalLM.from_config(config).eval()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "layers" in name and parameter.ndim == 2:
+                parameter *= torch.rand(parameter.shape) < 0.4
+    return model
+
+
+SIZES = {
+    "vocab_size": 100, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "max_position_embeddings": 64, "bos_token_id": 0, "eos_token_id": 0,
+}  # fmt: skip
+
+
+@kernels
+@pytest.mark.parametrize(
+    ("config", "engine"), [(Qwen2Config(**SIZES), True), (StableLmConfig(**SIZES), False)], ids=["covered", "other"]
+)
+def test_what_the_engine_does_not_cover_runs_with_sparse_modules_and_a_note(config, engine, tmp_path, caplog):
+    model = small(config)
+    model.save_pretrained(tmp_path / "dense")
+    prunus.export(tmp_path / "dense", tmp_path / "packed", format="packed")
+    with caplog.at_level(logging.WARNING, logger="prunus"):
+        packed = prunus.load(tmp_path / "packed")
+    assert isinstance(packed, PackedModel) == engine
+    assert bool(caplog.records) != engine
+    assert off(packed, model) < 1e-5
+    assert off(packed, model, IDS[:, :4]) < 1e-5
+    how = {"max_new_tokens": 6, "do_sample": False, "pad_token_id": 0}
+    assert torch.equal(packed.generate(IDS, **how), model.generate(IDS, **how))
+
+
+def test_without_kernels_pytorch_runs_and_says_so(folders, dense, monkeypatch, caplog):
+    monkeypatch.setattr("prunus.runtime.native.available", lambda: None)
+    monkeypatch.setattr("prunus.runtime.native.absence", lambda: "no compiler was there")
+    with caplog.at_level(logging.WARNING, logger="prunus"):
+        model = prunus.load(folders / "lossless")
+    assert "no compiler was there" in caplog.text
+    assert off(model, dense) < 1e-6
+
+
+@kernels
+def test_generate_on_the_command_line(folders, capsys):
+    words = ["--prompt", "Once upon a time", "--max-new-tokens", "12", "--json", "-q"]
+    found = []
+    for model in (
+        [str(folders / "lossless")],
+        [str(folders / "pruned"), "--engine", "packed"],
+        [str(folders / "pruned")],
+    ):
+        assert main(["generate", *model, *words]) == 0
+        found.append(json.loads(capsys.readouterr().out))
+    assert [row["engine"] for row in found] == ["packed", "packed", "transformers"]
+    assert len({row["text"] for row in found}) == 1
+    assert found[0]["tokens"] == 12
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (["--prompt", " "], "prompt is empty"),
+        (["--prompt", "once", "--max-new-tokens", "1000"], "512 positions"),
+        (["--prompt", "once", "--dtype", "bfloat16"], "CPU in float32"),
+    ],
+    ids=["empty prompt", "too long", "dtype"],
+)
+def test_bad_generate_is_refused(words, says, folders, capsys):
+    assert main(["generate", str(folders / "int8"), *words]) == 2
+    assert says in " ".join(capsys.readouterr().err.split())
