@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
@@ -16,18 +16,21 @@ from prunus.models.checkpoint import INDEX, Checkpoint
 from prunus.models.source import PICKLES
 from prunus.sites import Block
 
+if TYPE_CHECKING:
+    from prunus.recovery.job import RecoveryJob
+
 # Not carried over: weights in any form, and what is written anew.
 DROPPED = (
     *PICKLES,
     *("*.safetensors", "*.gguf", "*.h5", "*.msgpack", "*.onnx", "*.index.json"),
-    *("README.md", "prunus.json", "evaluation.json"),
+    *("README.md", "prunus.json", "evaluation.json", "prunus.masks"),
 )
 
 
 class Output:
     """Writes shards into the work folder: one per block, then what lies outside of blocks."""
 
-    def __init__(self, job: Job):
+    def __init__(self, job: Job | RecoveryJob):
         """Decide which tensor goes into which shard."""
         self.job = job
         self.work = job.work
@@ -44,16 +47,30 @@ class Output:
         """The finished shard of a block."""
         return Checkpoint.of_shard(self.work.checkpoint / self._file(self.blocks[block.name]))
 
-    def block(self, block: Block, report: Mapping[str, Any]) -> None:
-        """Write a pruned block's shard, and after it its report, which makes it finished."""
-        tensors = self.weights.export(block.name, {slot.parameter for slot in block.slots})
+    def block(self, block: Block, report: Mapping[str, Any], changed: Iterable[str] | None = None) -> None:
+        """Write a changed block's shard, and after it its report, which makes it finished.
+
+        Args:
+            block: loaded.
+            report: JSON values.
+            changed: dotted paths of its parameters that differ from the checkpoint; its matrices unless given.
+        """
+        changed = {slot.parameter for slot in block.slots} if changed is None else changed
+        tensors = self.weights.export(block.name, changed)
         self.work.write_tensors(f"checkpoint/{self._file(self.blocks[block.name])}", tensors)
         self.work.write(self._report_name(block), report)
 
-    def outside(self) -> None:
-        """Copy what lies outside of blocks, and blocks that the calibration never reached, as it was."""
+    def outside(self, changed: Iterable[str] = (), added: Mapping[str, Tensor] | None = None) -> None:
+        """Write what lies outside of blocks, and blocks that the calibration never reached, as it was.
+
+        Args:
+            changed: dotted paths of loaded parameters outside of blocks that differ from the checkpoint.
+            added: tensors that the checkpoint did not hold (an untied head), by their names on disk.
+        """
         for number, names in enumerate(self.rest, start=len(self.blocks)):
-            self.work.write_tensors(f"checkpoint/{self._file(number)}", dict(self.weights.checkpoint.read(names)))
+            tensors = self.weights.export_outside(names, changed)
+            tensors |= dict(added or {}) if number == self.count - 1 else {}
+            self.work.write_tensors(f"checkpoint/{self._file(number)}", tensors)
         for block in self.job.stream.blocks:
             if self.report(block) is None:
                 tensors = dict(self.weights.checkpoint.read(self.weights.sources(block.name)))

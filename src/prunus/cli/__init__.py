@@ -11,7 +11,7 @@ import typer
 from typer.exceptions import TyperException
 
 from prunus import __version__
-from prunus.cli import catalogue, evaluate, inspect, prune, run
+from prunus.cli import catalogue, evaluate, inspect, prune, recover, run
 from prunus.cli.pages import Page, Pages
 from prunus.errors import PrunusError
 
@@ -26,6 +26,7 @@ prunus inspect out                       where the zeros are
 COMMANDS = {
     "prune": (prune.prune, "Set weights of MODEL to zero and write OUT."),
     "plan": (prune.plan, "Say what prune would do; reads no weights."),
+    "recover": (recover.recover, "Retrain a pruned model; its zeros stay zero."),
     "evaluate": (evaluate.evaluate, "Measure perplexity, beside the dense model's."),
     "inspect": (inspect.inspect, "Show where the zeros of a checkpoint are."),
     "run": (run.run, "Do all stages of a recipe."),
