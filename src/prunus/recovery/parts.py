@@ -35,13 +35,13 @@ class Part:
     Attributes:
         name: of its largest module, such as `self_attn`; "" for a whole block.
         slots: its prunable matrices.
-        modules: outermost modules that run in it.
+        modules: path below the block -> outermost module that runs in it; "" -> the block itself if it is whole.
         silent: outermost modules of the other parts -> a result of each, which shows its form.
     """
 
     name: str
     slots: tuple[Slot, ...]
-    modules: tuple[nn.Module, ...]
+    modules: dict[str, nn.Module]
     silent: dict[nn.Module, Any]
 
     @contextmanager
@@ -61,6 +61,11 @@ class Seen:
     result: Any
 
 
+def whole_block(block: Block) -> Part:
+    """The block as one part."""
+    return Part("", tuple(block.slots), {"": block.module}, {})
+
+
 @torch.no_grad()
 def find_parts(block: Block, call: Call, hidden: Tensor) -> list[Part]:
     """The parts of a loaded block in running order; one part if it has no seam inside.
@@ -70,7 +75,7 @@ def find_parts(block: Block, call: Call, hidden: Tensor) -> list[Part]:
         call: how the model calls it.
         hidden: a few tokens in front of it `[samples, length, d]`.
     """
-    whole = [Part("", tuple(block.slots), tuple(block.module.children()), {})]
+    whole = [whole_block(block)]
     seams = _Seams(hidden)
     with _outermost(block.module, seams):
         outputs = call(block.module, hidden)
@@ -135,6 +140,7 @@ def _outermost(block: nn.Module, seams: _Seams) -> Iterator[None]:
 
 def _parts(block: Block, seen: list[Seen]) -> list[Part]:
     """One part for each seam before which a module with prunable matrices ran."""
+    paths = {id(module): path for path, module in block.module.named_modules()}
     groups: dict[int, list[Seen]] = {}
     for one in seen:
         groups.setdefault(one.seam, []).append(one)
@@ -144,15 +150,13 @@ def _parts(block: Block, seen: list[Seen]) -> list[Part]:
         slots = tuple(slot for slot in block.slots if id(slot.module) in own)
         # Only what gives back the shape that it was given can answer zero without knowing more about it.
         others = {one.module: one.result for one in seen if one.seam != seam and _first(one.result).shape == one.shape}
-        modules = tuple(one.module for one in members)
-        found.append(Part(_name(block, modules), slots, modules, others))
+        modules = {paths[id(one.module)]: one.module for one in members}
+        found.append(Part(_largest(modules), slots, modules, others))
     return found
 
 
-def _name(block: Block, modules: tuple[nn.Module, ...]) -> str:
-    names = {id(module): name for name, module in block.module.named_modules()}
-    largest = max(modules, key=lambda module: sum(parameter.numel() for parameter in module.parameters()))
-    return names[id(largest)]
+def _largest(modules: dict[str, nn.Module]) -> str:
+    return max(modules, key=lambda path: sum(value.numel() for value in modules[path].parameters()))
 
 
 def _adds_up(parts: list[Part], block: Block, call: Call, hidden: Tensor, outputs: Tensor) -> bool:
