@@ -146,7 +146,7 @@ def _start(how: Reconstruct, job: RecoveryJob, facing: Facing, stats: dict[str, 
         matrix.weight.copy_(form(matrix.weight, dense, mask, known))
         bias = getattr(slot.module, "bias", None) if slot.expert is None else None
         if bias is not None:
-            bias.copy_(getattr(twin.module, "bias") + shifted(matrix.weight, dense, known))
+            bias.copy_(twin.module.bias + shifted(matrix.weight, dense, known))  # type: ignore[operator]
 
 
 def _trainable(how: Reconstruct, job: RecoveryJob, facing: Facing) -> Trainable:

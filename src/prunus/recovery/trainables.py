@@ -22,7 +22,10 @@ from prunus.sites import Slot
 class Trainable(Protocol):
     """Parameters in float32 and their tie to the weights of a part."""
 
-    parameters: list[Tensor]
+    @property
+    def parameters(self) -> list[Tensor]:
+        """What the optimizer changes."""
+        ...
 
     def fold(self) -> None:
         """Give the parameters their gradients, from those of the weights, which are cleared."""
