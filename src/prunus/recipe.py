@@ -194,7 +194,9 @@ class RecoverPart(_Part):
     length: Annotated[int | None, BeforeValidator(_number)] = Field(
         default=None, ge=8, description="tokens in each sequence; 512, or as many as the model has positions"
     )
-    batch: Count = Field(default=8, ge=1, description="sequences in one step, over all processes")
+    batch: Annotated[int | None, BeforeValidator(_number)] = Field(
+        default=None, ge=1, description="sequences in one step, over all processes; 8, or a local method's own"
+    )
     heldout: Count = Field(default=16, ge=1, description="sequences kept apart to judge by")
     patience: Count = Field(
         default=0, ge=0, description="stop after so many judgements in a row without a better one; 0: never"

@@ -37,6 +37,9 @@ from prunus.sites import Block
 from prunus.stream import Batch, Stream
 from prunus.work import Work
 
+# Sequences in one step, unless the user or the recovery says how many.
+BATCH = 8
+
 
 @dataclass
 class RecoveryJob:
@@ -203,6 +206,7 @@ def prepare(recipe: Recipe, out: Path, *, overwrite: bool, processes: Processes,
     """
     part = recipe.recover or RecoverPart()
     recovery = choose(part)
+    part = part.model_copy(update={"batch": part.batch or getattr(recovery, "batch", BATCH)})
     device = check_device(str(local_device(recipe.device)))
     folder = locate(recipe.model, trust_remote_code=recipe.trust_remote_code)
     work = Work(out)

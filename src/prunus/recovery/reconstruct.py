@@ -39,7 +39,8 @@ class Reconstruct:
         norms: train norms too; biases always are.
         rank, alpha: of masklora.
         lr: peak learning rate; the option --lr goes before it.
-        epochs: passes over the text for each part; the option --steps goes before it.
+        epochs: passes over the text for each part; the option --steps (of each part) goes before it.
+        batch: sequences in one optimizer step; the option --batch goes before it.
         warmup, beta1, beta2, decay, clip: of AdamW; clip 0: none.
     """
 
@@ -54,6 +55,7 @@ class Reconstruct:
     alpha: float = 32.0
     lr: float = 2e-3
     epochs: int = 1
+    batch: int = 1
     warmup: float = 0.05
     beta1: float = 0.9
     beta2: float = 0.95
@@ -67,7 +69,7 @@ class Reconstruct:
         Raises:
             RecipeError: a number is out of range.
         """
-        for name in ("rank", "alpha", "lr"):
+        for name in ("rank", "alpha", "lr", "batch"):
             if not getattr(self, name) > 0:
                 raise RecipeError(f"{name} is {getattr(self, name):g}; it must be positive.")
         for name in ("epochs", "decay", "clip"):
@@ -111,3 +113,16 @@ class Reconstruct:
             lr=job.part.lr or self.lr, steps=steps, together=together, warmup=self.warmup,
             betas=(self.beta1, self.beta2), decay=self.decay, clip=self.clip, seed=job.part.seed,
         )  # fmt: skip
+
+
+# EBFT (Guo et al. 2024, arXiv:2402.12419): every kept weight of whole blocks, against the dense block on pruned inputs.
+EBFT = Reconstruct(
+    granularity="block", target="local", start="none", relative="energy", norms=True, lr=2e-4, epochs=10, batch=8,
+    warmup=0.0, decay=0.1, clip=1.0, paper="Guo et al. 2024, arXiv:2402.12419",
+)  # fmt: skip
+
+# PERP block by block (§ on reconstruction of arXiv:2312.15230): low-rank updates under the masks, norms and biases.
+PERP_LOCAL = Reconstruct(
+    granularity="block", train="masklora", target="local", start="none", relative="energy", norms=True, lr=5e-4,
+    epochs=8, batch=2, warmup=0.1, beta2=0.999, paper="Zimmer et al. 2023, arXiv:2312.15230",
+)  # fmt: skip
