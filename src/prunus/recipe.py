@@ -194,8 +194,8 @@ class RecoverPart(_Part):
     length: Annotated[int | None, BeforeValidator(_number)] = Field(
         default=None, ge=8, description="tokens in each sequence; 512, or as many as the model has positions"
     )
-    batch: Annotated[int | None, BeforeValidator(_number)] = Field(
-        default=None, ge=1, description="sequences in one step, over all processes; 8, or a local method's own"
+    batch: Count = Field(
+        default=0, ge=0, description="sequences in one step, over all processes; 0: 8, or a local method's own number"
     )
     heldout: Count = Field(default=16, ge=1, description="sequences kept apart to judge by")
     patience: Count = Field(

@@ -148,8 +148,10 @@ def _parts(block: Block, seen: list[Seen]) -> list[Part]:
     for seam, members in groups.items():
         own = {id(module) for one in members for module in one.module.modules()}
         slots = tuple(slot for slot in block.slots if id(slot.module) in own)
-        # Only what gives back the shape that it was given can answer zero without knowing more about it.
-        others = {one.module: one.result for one in seen if one.seam != seam and _first(one.result).shape == one.shape}
+        # Only what gives a vector for each vector that it is given can answer zero without knowing more about it.
+        others = {
+            one.module: one.result for one in seen if one.seam != seam and _first(one.result).shape[:-1] == one.shape[:-1]
+        }
         modules = {paths[id(one.module)]: one.module for one in members}
         found.append(Part(_largest(modules), slots, modules, others))
     return found
@@ -174,11 +176,12 @@ def _first(result: Any) -> Tensor:
 
 
 def _zero(form: Any) -> Callable:
-    """A forward that answers zero in the shape of what it is given."""
+    """A forward that answers a zero vector for each vector that it is given."""
+    width = _first(form).shape[-1]
 
     def forward(*args: Any, **kwargs: Any) -> Any:
         given = next(value for value in (*args, *kwargs.values()) if isinstance(value, Tensor))
         # One zero in every place: no memory, and nothing to differentiate.
-        return in_form(form, given.new_zeros(()).expand(given.shape))
+        return in_form(form, given.new_zeros(()).expand(*given.shape[:-1], width))
 
     return forward

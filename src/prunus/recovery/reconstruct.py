@@ -61,7 +61,7 @@ class Reconstruct:
     beta2: float = 0.95
     decay: float = 0.0
     clip: float = 0.0
-    paper: str = "Zimmer et al. 2025, arXiv:2510.14444"
+    paper: str = "A Free Lunch, 2025, arXiv:2510.14444"
 
     def __post_init__(self) -> None:
         """Check the ranges.
@@ -121,7 +121,7 @@ EBFT = Reconstruct(
     warmup=0.0, decay=0.1, clip=1.0, paper="Guo et al. 2024, arXiv:2402.12419",
 )  # fmt: skip
 
-# PERP block by block (§ on reconstruction of arXiv:2312.15230): low-rank updates under the masks, norms and biases.
+# PERP block by block (Zimmer et al. 2023, arXiv:2312.15230): low-rank updates under the masks, norms and biases.
 PERP_LOCAL = Reconstruct(
     granularity="block", train="masklora", target="local", start="none", relative="energy", norms=True, lr=5e-4,
     epochs=8, batch=2, warmup=0.1, beta2=0.999, paper="Zimmer et al. 2023, arXiv:2312.15230",
