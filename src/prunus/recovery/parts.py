@@ -150,7 +150,9 @@ def _parts(block: Block, seen: list[Seen]) -> list[Part]:
         slots = tuple(slot for slot in block.slots if id(slot.module) in own)
         # Only what gives a vector for each vector that it is given can answer zero without knowing more about it.
         others = {
-            one.module: one.result for one in seen if one.seam != seam and _first(one.result).shape[:-1] == one.shape[:-1]
+            one.module: one.result
+            for one in seen
+            if one.seam != seam and _first(one.result).shape[:-1] == one.shape[:-1]
         }
         modules = {paths[id(one.module)]: one.module for one in members}
         found.append(Part(_largest(modules), slots, modules, others))
