@@ -6,10 +6,10 @@ import pytest
 import torch
 from torch import nn
 
+from families import FAMILIES, tiny_inputs, tiny_model
 from prunus.models.discover import find_blocks
 from prunus.recovery.parts import find_parts
 from prunus.sites import Block
-from families import FAMILIES, tiny_inputs, tiny_model
 
 # Family -> how many parts a block has: one where attention and MLP are added to the hidden states together (or, BLOOM,
 # inside of their modules).

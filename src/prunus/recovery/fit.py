@@ -36,12 +36,13 @@ class Schedule:
     """Adam's settings and how the learning rate runs.
 
     Attributes:
-        lr: at its peak.
+        lr: at its peak, relative to the size of what is trained: the share of their root mean square by which Adam
+            moves weights in a step. Models differ by a factor of ten and more in the size of their weights.
         steps: optimizer steps in all.
         together: lessons in one step.
         warmup: share of the steps in which the rate rises.
         betas: of the two moments.
-        decay: of the weights (decoupled), at the peak; a removed weight stays 0.
+        decay: of the weights (decoupled): the share `rate * decay` in a step; a removed weight stays 0.
         clip: largest norm of the gradient; 0: any.
         seed: of the order of the lessons.
     """
@@ -136,7 +137,11 @@ def fit(
     found = Fitted()
     # Several tensors at a time in one kernel, where the device has one.
     fused = device.type in ("cpu", "cuda")
-    adam = torch.optim.AdamW(trainable.parameters, lr=how.lr, betas=how.betas, weight_decay=how.decay, fused=fused)
+    groups = [
+        {"params": [parameter], "lr": how.lr, "scale": scale}
+        for parameter, scale in zip(trainable.parameters, trainable.scales, strict=True)
+    ]
+    adam = torch.optim.AdamW(groups, betas=how.betas, weight_decay=0.0, fused=fused)
     for leaf in leaves:
         leaf.requires_grad_(True)
     try:
@@ -150,9 +155,11 @@ def fit(
             if how.clip and norm > how.clip:
                 for parameter in trainable.parameters:
                     parameter.grad.mul_(how.clip / norm)  # type: ignore[union-attr]
-            adam.param_groups[0]["lr"] = how.rate(step)
-            adam.step()
             with torch.no_grad():
+                for group in adam.param_groups:
+                    group["lr"] = how.rate(step) * group["scale"]
+                    group["params"][0].mul_(1 - how.rate(step) * how.decay)
+                adam.step()
                 trainable.unfold()
             found.losses.append(loss)
     finally:

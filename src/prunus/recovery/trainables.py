@@ -27,6 +27,11 @@ class Trainable(Protocol):
         """What the optimizer changes."""
         ...
 
+    @property
+    def scales(self) -> list[float]:
+        """For each parameter the step that changes its weights by as much as they are in root mean square."""
+        ...
+
     def fold(self) -> None:
         """Give the parameters their gradients, from those of the weights, which are cleared."""
         ...
@@ -34,6 +39,11 @@ class Trainable(Protocol):
     def unfold(self) -> None:
         """Write the weights that follow from the parameters; removed weights are +0.0."""
         ...
+
+
+def size(values: Tensor) -> float:
+    """Root mean square, 1 of nothing but zeros."""
+    return float(values.float().square().mean().sqrt()) if bool(values.any()) else 1.0
 
 
 @dataclass
@@ -49,6 +59,8 @@ class Direct:
     def __post_init__(self) -> None:
         """Take copies where they are needed."""
         self.parameters = [value.detach().float() for value in self.stored]
+        kept = zip(self.parameters, self.masks, strict=True)
+        self.scales = [size(value if mask is None else value[mask]) for value, mask in kept]
 
     def fold(self) -> None:
         """Gradients of removed weights are zero."""
@@ -87,13 +99,16 @@ class LowRank:
     def __post_init__(self) -> None:
         """Draw A and keep the frozen weights, the gradients of which will be folded."""
         self.frozen = [slot.matrix().weight.clone() for slot in self.slots]
-        pairs = []
+        pairs, self.scales = [], []
         for weight in self.frozen:
             rank = min(self.rank, *weight.shape)
             pairs.append((
                 kaiming(rank, weight.shape[1], self.generator, weight.device),
                 torch.zeros(weight.shape[0], rank, device=weight.device),
             ))  # fmt: skip
+            spread = size(pairs[-1][0])
+            kept = size(weight[weight != 0])
+            self.scales += [spread, kept / (self.form.scale * rank**0.5 * spread)]
         self.pairs = pairs
         self.parameters = [value for pair in pairs for value in pair]
 
@@ -153,6 +168,11 @@ class Together:
     def parameters(self) -> list[Tensor]:
         """Those of all parts."""
         return [value for part in self.parts for value in part.parameters]
+
+    @property
+    def scales(self) -> list[float]:
+        """Those of all parts."""
+        return [value for part in self.parts for value in part.scales]
 
     def fold(self) -> None:
         """All parts."""
