@@ -133,6 +133,21 @@ def recover(
     return work(recipe, Path(out), restart=restart, overwrite=overwrite, progress=progress)
 
 
+def merge(
+    model: str | Path,
+    adapter: str | Path,
+    out: str | Path,
+    *,
+    verify: bool = False,
+    overwrite: bool = False,
+    progress: Progress | None = None,
+) -> dict[str, Any]:
+    """Merge a LoRA adapter into the pruned `model` without losing a zero. Returns what `prunus merge --json` prints."""
+    from prunus.recovery.merge import merge as work
+
+    return work(model, adapter, out, verify=verify, overwrite=overwrite, progress=progress)
+
+
 def evaluate(  # noqa: PLR0913 - the options of the command
     model: str | Path,
     *,

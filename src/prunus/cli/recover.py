@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from prunus.cli.options import MACHINE, Json, Quiet, option, spell, takes
+from prunus.cli.options import MACHINE, RUN, Json, Quiet, option, spell, takes
 from prunus.cli.prune import Overwrite, Restart
 from prunus.cli.session import show, working
 
@@ -86,6 +86,17 @@ RECOVER = {
 }
 
 
+Adapter = Annotated[
+    str, typer.Argument(metavar="ADAPTER", show_default=False, help="Folder of a LoRA adapter in peft's form.")
+]
+Verify = Annotated[
+    bool,
+    option(
+        "--verify", RUN, "Measure how far the merge moves the logits, and what a plain merge would leave of the zeros."
+    ),
+]
+
+
 @takes(RECOVER)
 def recover(
     model: Pruned,
@@ -114,3 +125,25 @@ def recover(
 
         result = work(recipe, Path(out), restart=restart, overwrite=overwrite, progress=progress)
     show(result, recover_text, as_json=as_json)
+
+
+def merge(
+    model: Pruned,
+    adapter: Adapter,
+    out: Out,
+    verify: Verify = False,
+    overwrite: Overwrite = False,
+    as_json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Merge a LoRA adapter into the pruned model in DIR under its masks: no zero is lost.
+
+    What the adapter does at pruned weights cannot be kept. --verify prints the sparsity before and
+    after, whether every N:M group still holds, and how far the logits moved.
+    """
+    with working(quiet=quiet) as progress:
+        from prunus.recovery.merge import merge as work
+        from prunus.recovery.report import merge_text
+
+        result = work(model, adapter, out, verify=verify, overwrite=overwrite, progress=progress)
+    show(result, merge_text, as_json=as_json)

@@ -52,7 +52,11 @@ class Masks:
     @property
     def removed(self) -> int:
         """Number of weights that are not kept, in all matrices."""
-        return sum(self.size(name) - int(unpack(bits, self.columns[name]).sum()) for name, bits in self.packed.items())
+        return sum(map(self.gone, self.packed))
+
+    def gone(self, name: str) -> int:
+        """Number of weights of a matrix that are not kept."""
+        return self.size(name) - int(self.keep(name).sum())
 
     def size(self, name: str) -> int:
         """Number of weights of a matrix."""

@@ -67,6 +67,12 @@ class Student:
         ids = {id(value) for value in self.chosen}
         return {name: value for name, value in self.model.named_parameters() if id(value) in ids}
 
+    def active(self) -> int:
+        """Number of values that are trained at the moment; removed weights do not count."""
+        values = sum(value.numel() for value in self.chosen if value.requires_grad)
+        slots = [slot for slot in self.in_place if getattr(slot.module, slot.attribute).requires_grad]
+        return values - sum(self.masks.gone(slot.info.name) for slot in slots)
+
     def state(self) -> dict[str, Tensor]:
         """What training changes: the trained parameters, and running norms of adapters."""
         norms = {name: value for name, value in self.model.named_buffers() if name.endswith(".norm")}
