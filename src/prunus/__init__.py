@@ -10,14 +10,14 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from prunus.api import catalogue, evaluate, inspect, plan, prune, recover, run
+    from prunus.api import catalogue, evaluate, inspect, merge, plan, prune, recover, run
     from prunus.errors import CalibrationError, FormatError, ModelError, PrunusError, RecipeError
     from prunus.recipe import Recipe, load_recipe
 
 __version__ = "0.1.0"
 
 _PLACES = {
-    **dict.fromkeys(("catalogue", "evaluate", "inspect", "plan", "prune", "recover", "run"), "prunus.api"),
+    **dict.fromkeys(("catalogue", "evaluate", "inspect", "merge", "plan", "prune", "recover", "run"), "prunus.api"),
     **dict.fromkeys(("Recipe", "load_recipe"), "prunus.recipe"),
     **dict.fromkeys(("PrunusError", "RecipeError", "ModelError", "CalibrationError", "FormatError"), "prunus.errors"),
 }
@@ -34,6 +34,7 @@ __all__ = [
     "evaluate",
     "inspect",
     "load_recipe",
+    "merge",
     "plan",
     "prune",
     "recover",

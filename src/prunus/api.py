@@ -128,9 +128,24 @@ def recover(
     from prunus.recipe_options import RECOVER_PLACES
     from prunus.recovery.run import recover as work
 
-    given = {"method": "masklora", **options, "model": str(model), "out": str(out)}
+    given = {"method": "reconstruct", **options, "model": str(model), "out": str(out)}
     recipe = from_options(given, places=RECOVER_PLACES)
     return work(recipe, Path(out), restart=restart, overwrite=overwrite, progress=progress)
+
+
+def merge(
+    model: str | Path,
+    adapter: str | Path,
+    out: str | Path,
+    *,
+    verify: bool = False,
+    overwrite: bool = False,
+    progress: Progress | None = None,
+) -> dict[str, Any]:
+    """Merge a LoRA adapter into the pruned `model` without losing a zero. Returns what `prunus merge --json` prints."""
+    from prunus.recovery.merge import merge as work
+
+    return work(model, adapter, out, verify=verify, overwrite=overwrite, progress=progress)
 
 
 def evaluate(  # noqa: PLR0913 - the options of the command

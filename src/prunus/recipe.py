@@ -157,7 +157,7 @@ class PrunePart(_Part):
 class RecoverPart(_Part):
     """Retraining that keeps the zeros: method x objective, and the text that it learns from."""
 
-    method: Name = Field(default="masklora", description="a row of `prunus methods` of kind recovery")
+    method: Name = Field(default="reconstruct", description="a row of `prunus methods` of kind recovery")
     objective: Name = Field(
         default="text", description="what is minimised: a row of `prunus methods` of kind objective"
     )

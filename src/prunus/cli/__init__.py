@@ -27,6 +27,7 @@ COMMANDS = {
     "prune": (prune.prune, "Set weights of MODEL to zero and write OUT."),
     "plan": (prune.plan, "Say what prune would do; reads no weights."),
     "recover": (recover.recover, "Retrain a pruned model; its zeros stay zero."),
+    "merge": (recover.merge, "Merge a LoRA adapter; no zero is lost."),
     "evaluate": (evaluate.evaluate, "Measure perplexity, beside the dense model's."),
     "inspect": (inspect.inspect, "Show where the zeros of a checkpoint are."),
     "run": (run.run, "Do all stages of a recipe."),

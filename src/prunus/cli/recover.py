@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from prunus.cli.options import MACHINE, Json, Quiet, option, spell, takes
+from prunus.cli.options import MACHINE, RUN, Json, Quiet, option, spell, takes
 from prunus.cli.prune import Overwrite, Restart
 from prunus.cli.session import show, working
 
@@ -32,7 +32,7 @@ Pruned = Annotated[
 Out = Annotated[str, typer.Argument(metavar="OUT", show_default=False, help="New folder for the result.")]
 RECOVER = {
     "method": option(
-        "--method NAME", HOW, "A recovery of `prunus methods`. Default: masklora, low-rank updates under the mask."
+        "--method NAME", HOW, "A recovery of `prunus methods`. Default: reconstruct, block by block beside the dense model."
     ),
     "objective": option(
         "--objective NAME",
@@ -69,7 +69,7 @@ RECOVER = {
     ),
     "samples": option("--samples N", TEXT, "Use at most N sequences. Default: all; local methods 128."),
     "length": option("--length TOKENS", TEXT, "Tokens in each sequence, at least 8. Default: 512."),
-    "batch": option("--batch N", TEXT, "Sequences in each step. Default: 8."),
+    "batch": option("--batch N", TEXT, "Sequences in each step. Default: 8, local methods their own."),
     "heldout": option("--heldout N", TEXT, "Sequences kept apart to judge by. Default: 16."),
     "seed": option("--seed N", TEXT, "Seed of the order of the text and of new parameters. Default: 0."),
     "bos": option("--bos WHEN", TEXT, "Begin sequences with the BOS token: auto, always or never. Default: auto."),
@@ -84,6 +84,17 @@ RECOVER = {
         "--trust-remote-code", MACHINE, "Run Python code that the model's folder brings along; read it first."
     ),
 }
+
+
+Adapter = Annotated[
+    str, typer.Argument(metavar="ADAPTER", show_default=False, help="Folder of a LoRA adapter in peft's form.")
+]
+Verify = Annotated[
+    bool,
+    option(
+        "--verify", RUN, "Measure how far the merge moves the logits, and what a plain merge would leave of the zeros."
+    ),
+]
 
 
 @takes(RECOVER)
@@ -107,10 +118,32 @@ def recover(
 
         if options["settings"] is not None:
             options["settings"] = parse_settings(options["settings"])
-        given = {"model": model, "out": out, **options, "method": options["method"] or "masklora"}
+        given = {"model": model, "out": out, **options, "method": options["method"] or "reconstruct"}
         recipe = from_options(given, places=RECOVER_PLACES, spell=spell(RECOVER))
         from prunus.recovery.report import recover_text
         from prunus.recovery.run import recover as work
 
         result = work(recipe, Path(out), restart=restart, overwrite=overwrite, progress=progress)
     show(result, recover_text, as_json=as_json)
+
+
+def merge(
+    model: Pruned,
+    adapter: Adapter,
+    out: Out,
+    verify: Verify = False,
+    overwrite: Overwrite = False,
+    as_json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Merge a LoRA adapter into the pruned model in DIR under its masks: no zero is lost.
+
+    What the adapter does at pruned weights cannot be kept. --verify prints the sparsity before and
+    after, whether every N:M group still holds, and how far the logits moved.
+    """
+    with working(quiet=quiet) as progress:
+        from prunus.recovery.merge import merge as work
+        from prunus.recovery.report import merge_text
+
+        result = work(model, adapter, out, verify=verify, overwrite=overwrite, progress=progress)
+    show(result, merge_text, as_json=as_json)

@@ -20,9 +20,23 @@ def rows() -> list[dict[str, Any]]:
     Returns:
         Dictionaries with `name`, `kind` (method, metric, update, pattern, allocation), `paper` (empty if none),
         `needs` (names of statistics) and `defaults` (hyper-parameter -> value; for a method the names of its parts).
+        The kinds recovery and objective follow: what `prunus recover` trains, and what it minimises.
     """
     kinds = {"method": METHODS, "metric": METRICS, "update": UPDATES, "pattern": _EXAMPLES, "allocation": ALLOCATIONS}
-    return [_row(name, kind, part) for kind, table in kinds.items() for name, part in table.items()]
+    return [_row(name, kind, part) for kind, table in kinds.items() for name, part in table.items()] + _recoveries()
+
+
+def _recoveries() -> list[dict[str, Any]]:
+    from prunus.recovery import RECOVERIES
+    from prunus.recovery.objectives import OBJECTIVES
+    from prunus.recovery.settings import defaults
+
+    kinds: dict[str, Any] = {"recovery": RECOVERIES, "objective": OBJECTIVES}
+    return [
+        {"name": name, "kind": kind, "paper": part.paper, "needs": [], "defaults": defaults(part)}
+        for kind, table in kinds.items()
+        for name, part in table.items()
+    ]
 
 
 def _row(name: str, kind: str, part: Any) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from prunus.recovery.adapters import SPP, Head, MaskLoRA, ScaleLoRA
+from prunus.recovery.imp import IMP
 from prunus.recovery.lisa import Lisa
 from prunus.recovery.parameters import Biases, Embeddings, Norms, Output, Weights
 from prunus.recovery.peft_parts import HiRA, LoRA, LoRAPrune
@@ -12,6 +13,8 @@ from prunus.recovery.recovery import Outcome, Recovery
 from prunus.recovery.retrain import Retrain
 
 _PERP = "Zimmer et al. 2023, arXiv:2312.15230"
+
+_FULL = Retrain((Weights(), Biases(alone=False), Norms(), Embeddings(), Output()), lr=5e-5)
 
 # Name → the recovery with its default hyper-parameters.
 RECOVERIES: dict[str, Recovery] = {
@@ -31,7 +34,8 @@ RECOVERIES: dict[str, Recovery] = {
     "hira": Retrain((HiRA(),), lr=1e-3, paper="Huang et al. 2025, ICLR"),
     "prilora": Retrain((PRILoRA(),), lr=5e-4, paper="Benedek & Wolf 2024, arXiv:2401.11316"),
     "lisa": Retrain((Lisa(),), lr=5e-5, schedule="cosine", paper="Pan et al. 2024, arXiv:2403.17919"),
-    "full": Retrain((Weights(), Biases(alone=False), Norms(), Embeddings(), Output()), lr=5e-5),
+    "full": _FULL,
+    "imp": IMP(_FULL),
 }
 
 __all__ = ["RECOVERIES", "Outcome", "Recovery"]

@@ -52,7 +52,7 @@ def surround(
     for block, slot in chosen(student, targets):
         device = slot.module.weight.device
         form, parameters = make(block, slot, generator)
-        bits = student.masks.packed[slot.info.name].to(device)
+        bits = student.masks.bits(slot.info, device)
         module = Effective(slot, bits, form, parameters)
         for value in module.parameters(recurse=False):
             student.train(value)

@@ -60,10 +60,11 @@ class _Apply(torch.autograd.Function):
             back = (delta @ effective).to(x.dtype) if ctx.needs_input_grad[3] else None
             del effective
             flat = delta.flatten(0, -2)
-            # float32: thousands of tokens are added up.
-            gradient = flat.float().T @ x.flatten(0, -2).float()
+            # In the dtype of the parameters, float32: thousands of tokens are added up.
+            kind = parameters[0].dtype
+            gradient = flat.to(kind).T @ x.flatten(0, -2).to(kind)
             found = ctx.form.gradients(gradient, weight, ctx.bits, parameters)
-            bias = flat.float().sum(0).to(ctx.bias) if ctx.needs_input_grad[4] else None
+            bias = flat.to(kind).sum(0).to(ctx.bias) if ctx.needs_input_grad[4] else None
         return None, None, None, back, bias, *found
 
 

@@ -33,6 +33,7 @@ from prunus.recovery import masks as registry
 from prunus.recovery.masks import Masks
 from prunus.recovery.recovery import Recovery
 from prunus.recovery.rows import Lessons, lessons
+from prunus.recovery.samples import written
 from prunus.sites import Block
 from prunus.stream import Batch, Stream
 from prunus.work import Work
@@ -136,12 +137,7 @@ class RecoveryJob:
         Raises:
             RecipeError: it is not named, and prunus.json does not name it either.
         """
-        name = self.part.dense or dense_name(self.record)
-        if not name:
-            raise RecipeError(
-                "This recovery needs the dense model, and nothing says which that is; name it with --dense."
-            )
-        return locate(name, trust_remote_code=self.recipe.trust_remote_code)
+        return _dense_folder(self.part, self.record, self.recipe.trust_remote_code)
 
     def begin(self, restart: bool) -> None:
         """Take the work folder and see that the disk is large enough.
@@ -175,6 +171,13 @@ class RecoveryJob:
         return {**terms, "total": total}
 
 
+def _dense_folder(part: RecoverPart, record: dict[str, Any], trust_remote_code: bool) -> Path:
+    name = part.dense or dense_name(record)
+    if not name:
+        raise RecipeError("This recovery needs the dense model, and nothing says which that is; name it with --dense.")
+    return locate(name, trust_remote_code=trust_remote_code)
+
+
 def dense_name(record: dict[str, Any]) -> str | None:
     """The dense model that a record of prunus names, behind any number of recoveries."""
     while isinstance(record.get("pruned"), dict) and record["pruned"]:
@@ -198,14 +201,30 @@ def choose(part: RecoverPart) -> Recovery:
     return configure(RECOVERIES[part.method], settings)
 
 
-def prepare(recipe: Recipe, out: Path, *, overwrite: bool, processes: Processes, warnings: list[str]) -> RecoveryJob:
+def prepare(
+    recipe: Recipe,
+    out: Path,
+    *,
+    recovery: Recovery | None = None,
+    overwrite: bool,
+    processes: Processes,
+    warnings: list[str],
+) -> RecoveryJob:
     """Check everything that can be checked before anything is trained.
+
+    Args:
+        recipe: what was asked.
+        out: absolute path of the folder to make.
+        recovery: instead of the one that the recipe names.
+        overwrite: whether it may replace another.
+        processes: this process among its peers.
+        warnings: receives what the user should know.
 
     Raises:
         PrunusError: something about the recipe, the model, the text or the output does not do.
     """
     part = recipe.recover or RecoverPart()
-    recovery = choose(part)
+    recovery = recovery or choose(part)
     part = part.model_copy(update={"batch": part.batch or getattr(recovery, "batch", BATCH)})
     device = check_device(str(local_device(recipe.device)))
     folder = locate(recipe.model, trust_remote_code=recipe.trust_remote_code)
@@ -216,8 +235,12 @@ def prepare(recipe: Recipe, out: Path, *, overwrite: bool, processes: Processes,
     if not hasattr(model, "get_output_embeddings") or model.get_output_embeddings() is None:
         raise ModelError(f"{type(model).__name__} has no language-model head; recovery learns from the next token.")
     stream = Stream(model, Weights(model, checkpoint, device), find_blocks(model), processes)
-    found = lessons(part, folder, vocabulary=model.config.get_text_config().vocab_size, limit=folder_positions(folder))
     record = read_record(folder)
+    if part.data == "samples":
+        dense = _dense_folder(part, record, recipe.trust_remote_code)
+        file = processes.on_first(lambda: str(written(dense, part, device, recipe.trust_remote_code)))
+        part = part.model_copy(update={"text": file})
+    found = lessons(part, folder, vocabulary=model.config.get_text_config().vocab_size, limit=folder_positions(folder))
     masks = masks_of(folder, stream)
     _refuse_dense(masks, record, part, warnings)
     job = RecoveryJob(
@@ -261,4 +284,4 @@ def _refuse_dense(masks: Masks, record: dict[str, Any], part: RecoverPart, warni
             "No weight of this model is zero: it is dense, and there is nothing to preserve. Prune it first, or go on "
             "with --allow-dense."
         )
-    warnings.append("The model is dense: this is ordinary fine-tuning, and there are no zeros to keep.")
+    warnings.append("The model is dense: there are no zeros to keep.")

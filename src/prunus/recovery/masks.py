@@ -17,7 +17,7 @@ from safetensors.torch import load, save
 from torch import Tensor
 
 from prunus.errors import FormatError
-from prunus.sites import Block, Matrix
+from prunus.sites import Block, Matrix, SiteInfo
 
 # Not named *.safetensors: readers take every such file for weights. Its contents are safetensors all the same.
 FILE = "prunus.masks"
@@ -49,10 +49,20 @@ class Masks:
         """The mask of a matrix, bool `[out, in]`, True = kept."""
         return unpack(self.packed[name].to(device or "cpu"), self.columns[name])
 
+    def bits(self, info: SiteInfo, device: torch.device) -> Tensor:
+        """The packed mask of a matrix on a device; on meta only its shape, whether or not there is a mask."""
+        if device.type == "meta":
+            return torch.empty(info.shape[0], -(-info.shape[1] // 8), dtype=torch.uint8, device=device)
+        return self.packed[info.name].to(device)
+
     @property
     def removed(self) -> int:
         """Number of weights that are not kept, in all matrices."""
-        return sum(self.size(name) - int(unpack(bits, self.columns[name]).sum()) for name, bits in self.packed.items())
+        return sum(map(self.gone, self.packed))
+
+    def gone(self, name: str) -> int:
+        """Number of weights of a matrix that are not kept."""
+        return self.size(name) - int(self.keep(name).sum())
 
     def size(self, name: str) -> int:
         """Number of weights of a matrix."""

@@ -172,3 +172,9 @@ class HiRA(Injected):
         config = peft.HiraConfig(r=self.rank)
         config.fan_in_fan_out = any(slot.transposed for _, slot in student.linears())
         inject(student, config, self.targets)
+
+    def merge(self, student: Student) -> None:
+        """W + W∘(B·A); what peft calls the delta is B·A alone."""
+        for slot, layer in layers(student):
+            stored = getattr(slot.module, slot.attribute).detach()
+            add_masked(student, slot, stored.float() * layer.get_delta_weight("default"))

@@ -88,7 +88,7 @@ class PRILoRA(Around):
 
 
 class Ongoing(TrainerCallback):
-    """Prunes the A of every adapter after every so many optimizer steps; Adam's moments are left alone, as published."""
+    """Prunes the A of every adapter every so many optimizer steps; Adam's moments are left alone, as published."""
 
     def __init__(self, part: PRILoRA, student: Student):
         """Give every adapter a running norm of its inputs, which is saved and resumed with it."""

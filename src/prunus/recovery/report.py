@@ -34,6 +34,24 @@ def recover_text(result: Result) -> str:
     return "\n\n".join([head, pairs(facts), *warnings, following])
 
 
+def merge_text(result: Result) -> str:
+    """Sparsity before and after, the patterns, and what the merge did to the logits."""
+    zeros, loss, facts = result["zeros"], result["loss"], result["training"]
+    shown = {
+        "sparsity": f"{percent(zeros['before'] / result['matrix_weights'])} before, "
+        f"{percent(result['sparsity'])} after: {zeros['after']:,} of {zeros['before']:,} zeros",
+        "patterns": ", ".join(f"{count} matrices {name}, valid" for name, count in zeros["patterns"].items()),
+        "held-out": f"loss {loss['before']:.4f} before, {loss['after']:.4f} after",
+    }
+    if "merge_gap" in facts:
+        shown["logits"] = (
+            f"moved by {facts['merge_gap']:.2g} of the largest, against the model with the adapter beside it"
+        )
+        shown["plain merge"] = f"would have left a sparsity of {percent(facts['sparsity_of_plain_merge'])}"
+    head = f"Merged {facts['adapter']} into {result['model']} under its masks: {result['out']}"
+    return "\n\n".join([head, pairs(shown), *(wrap(f"Warning: {text}") for text in result.get("warnings") or ())])
+
+
 def _training(facts: Result) -> str:
     """`120 steps at a rate of 0.0005, best after 100`, of what is known."""
     parts = []

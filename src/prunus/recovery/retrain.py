@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import torch
 
@@ -54,6 +54,8 @@ class Retrain:
     judgements: int = 10
     checkpointing: bool = False
     paper: str = ""
+
+    name: ClassVar[str] = "training"
 
     def check(self, job: RecoveryJob) -> None:
         """Count what is trained on the meta device, and refuse what cannot be.
@@ -181,6 +183,8 @@ class Retrain:
     def _plan(self, job: RecoveryJob, student: Student, progress: Progress) -> dict[str, Any]:
         part = job.part
         seconds, judge_seconds = job.processes.agree(_pace(job, student))
+        if objective_of(job).memory(job):
+            seconds *= 4 / 3  # the dense model's forward pass beside the student's, which counts three
         rate, probed = part.lr or self.lr, None
         steps = part.steps or STEPS
         if part.minutes is not None:

@@ -21,18 +21,25 @@ from prunus.recovery import masks as registry
 from prunus.recovery.card import recovery_card
 from prunus.recovery.job import RecoveryJob, prepare
 from prunus.recovery.masks import violations
-from prunus.recovery.recovery import Outcome
+from prunus.recovery.recovery import Outcome, Recovery
 from prunus.verify import verify
 
 
 def recover(
-    recipe: Recipe, out: Path, *, restart: bool = False, overwrite: bool = False, progress: Progress | None = None
+    recipe: Recipe,
+    out: Path,
+    *,
+    recovery: Recovery | None = None,
+    restart: bool = False,
+    overwrite: bool = False,
+    progress: Progress | None = None,
 ) -> dict[str, Any]:
     """Recover a pruned model into a folder; an interrupted call, made again, continues where it stopped.
 
     Args:
         recipe: its `model` is the pruned folder, its `recover` part says how.
         out: the folder to make.
+        recovery: instead of the one that the recipe names.
         restart: forget unfinished work of an earlier call.
         overwrite: replace `out` if it exists; it stays untouched until the new one is whole.
         progress: told about every step.
@@ -51,7 +58,10 @@ def recover(
     try:
         with collecting(warnings):
             with clock("prepare"):
-                job = prepare(recipe, Path(out).resolve(), overwrite=overwrite, processes=processes, warnings=warnings)
+                job = prepare(
+                    recipe, Path(out).resolve(), recovery=recovery, overwrite=overwrite, processes=processes,
+                    warnings=warnings,
+                )  # fmt: skip
             result = _published(job, restart) or _run(job, restart, progress, clock)
     except PrunusError:
         if job is not None:
@@ -154,6 +164,7 @@ def _holds(weight: torch.Tensor, pattern: str) -> bool:
 
 def _result(job: RecoveryJob, outcome: Outcome, zeros: dict[str, Any], clock: Clock) -> dict[str, Any]:
     """The object that `--json` prints, but for what verifying adds."""
+    weights = max(sum(map(job.masks.size, job.masks.packed)), 1)
     return {
         "model": job.recipe.model,
         "out": str(job.out),
@@ -163,7 +174,8 @@ def _result(job: RecoveryJob, outcome: Outcome, zeros: dict[str, Any], clock: Cl
         "trainable_share": outcome.trainable / job.parameters,
         "loss": {"before": outcome.before, "after": outcome.after},
         "zeros": zeros,
-        "sparsity": zeros["after"] / max(sum(job.masks.size(name) for name in job.masks.packed), 1),
+        "sparsity": zeros["after"] / weights,
+        "matrix_weights": weights,
         "masks": "derived from the zeros" if job.masks.derived else "registry",
         "text": job.lessons.summary,
         "training": outcome.facts,

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from prunus.models.weights import Weights
-from prunus.recovery.masks import Masks, clear
+from prunus.recovery.masks import Masks, clear, violations
 from prunus.recovery.rows import Rows
 from prunus.sites import Block, Slot
 from prunus.stream import first_output
@@ -67,6 +67,12 @@ class Student:
         ids = {id(value) for value in self.chosen}
         return {name: value for name, value in self.model.named_parameters() if id(value) in ids}
 
+    def active(self) -> int:
+        """Number of values that are trained at the moment; removed weights do not count."""
+        values = sum(value.numel() for value in self.chosen if value.requires_grad)
+        slots = [slot for slot in self.in_place if getattr(slot.module, slot.attribute).requires_grad]
+        return values - sum(self.masks.gone(slot.info.name) for slot in slots)
+
     def state(self) -> dict[str, Tensor]:
         """What training changes: the trained parameters, and running norms of adapters."""
         norms = {name: value for name, value in self.model.named_buffers() if name.endswith(".norm")}
@@ -113,8 +119,11 @@ class Student:
             value = parameters[name]
             stored = self.model.dtype if name in self.added else self.weights.dtype(name)
             value.data = value.data.to(stored).to(self.model.dtype)
-        for slot in (slot for block in self.blocks for slot in block.slots if slot.parameter in changed):
-            clear(slot.matrix(), self.masks)
+        for slot in (slot for block in self.blocks for slot in block.slots):
+            removed, zero = violations(slot.matrix(), self.masks)
+            if removed != zero:  # foreign checkpoints have -0.0 too
+                clear(slot.matrix(), self.masks)
+                changed.add(slot.parameter)
         # A tied tensor has several names, and the checkpoint holds it under one of them or under both.
         ids = {id(parameters[name]) for name in changed if name in parameters}
         self.added = {name: parameters[name].detach().to(self._stored(name)) for name in self.added}

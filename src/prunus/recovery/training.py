@@ -148,7 +148,7 @@ class Watch(TrainerCallback):
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Forget what an interrupted run wrote after the state that is resumed."""
         self.started = time.monotonic()
-        self.active = sum(value.numel() for value in self.student.chosen if value.requires_grad)
+        self.active = self.student.active()
         lines = read_log(self.log)[: state.global_step]
         self.spent = lines[-1]["seconds"] if lines else 0.0
         judged = [(line["heldout"], line["step"]) for line in lines if line["heldout"] is not None]
