@@ -10,14 +10,16 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from prunus.api import catalogue, evaluate, export, inspect, load, plan, prune, run
+    from prunus.api import catalogue, evaluate, export, inspect, load, merge, plan, prune, recover, run
     from prunus.errors import CalibrationError, FormatError, ModelError, PrunusError, RecipeError
     from prunus.recipe import Recipe, load_recipe
 
 __version__ = "0.1.0"
 
 _PLACES = {
-    **dict.fromkeys(("catalogue", "evaluate", "export", "inspect", "load", "plan", "prune", "run"), "prunus.api"),
+    **dict.fromkeys(
+        ("catalogue", "evaluate", "export", "inspect", "load", "merge", "plan", "prune", "recover", "run"), "prunus.api"
+    ),
     **dict.fromkeys(("Recipe", "load_recipe"), "prunus.recipe"),
     **dict.fromkeys(("PrunusError", "RecipeError", "ModelError", "CalibrationError", "FormatError"), "prunus.errors"),
 }
@@ -36,8 +38,10 @@ __all__ = [
     "inspect",
     "load",
     "load_recipe",
+    "merge",
     "plan",
     "prune",
+    "recover",
     "run",
 ]
 

@@ -99,6 +99,55 @@ def plan(model: str | Path, out: str | Path | None = None, **options: Unpack[Opt
     return foretell(_recipe(model, out, options))
 
 
+def recover(
+    model: str | Path,
+    out: str | Path,
+    *,
+    restart: bool = False,
+    overwrite: bool = False,
+    progress: Progress | None = None,
+    **options: Any,
+) -> dict[str, Any]:
+    """Retrain the pruned `model` into the new folder `out`, with every pruned weight still zero.
+
+    Args:
+        model: a pruned folder, of prunus or foreign.
+        out: the folder for the result.
+        restart: forget an unfinished run of this `out`.
+        overwrite: replace an existing `out`, once the new one is complete.
+        progress: told about every step; nothing is printed unless given.
+        **options: the options of `prunus recover` by name, such as `method="masklora", minutes=30`; hyper-parameters
+            as `settings={"rank": 32}`.
+
+    Returns:
+        What `prunus recover --json` prints.
+
+    Raises:
+        PrunusError: something about the options, the model, the text or the place to write to does not do.
+    """
+    from prunus.recipe_options import RECOVER_PLACES
+    from prunus.recovery.run import recover as work
+
+    given = {"method": "reconstruct", **options, "model": str(model), "out": str(out)}
+    recipe = from_options(given, places=RECOVER_PLACES)
+    return work(recipe, Path(out), restart=restart, overwrite=overwrite, progress=progress)
+
+
+def merge(
+    model: str | Path,
+    adapter: str | Path,
+    out: str | Path,
+    *,
+    verify: bool = False,
+    overwrite: bool = False,
+    progress: Progress | None = None,
+) -> dict[str, Any]:
+    """Merge a LoRA adapter into the pruned `model` without losing a zero. Returns what `prunus merge --json` prints."""
+    from prunus.recovery.merge import merge as work
+
+    return work(model, adapter, out, verify=verify, overwrite=overwrite, progress=progress)
+
+
 def evaluate(  # noqa: PLR0913 - the options of the command
     model: str | Path,
     *,

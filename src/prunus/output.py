@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import math
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -22,6 +22,9 @@ from prunus.models.weights import Cut
 from prunus.shapes import settle
 from prunus.sites import Block
 
+if TYPE_CHECKING:
+    from prunus.recovery.job import RecoveryJob
+
 # The orders of columns of a pattern with `permute`, by name of the matrix; packing reads them.
 ORDERS = "column-order.safetensors"
 
@@ -29,14 +32,14 @@ ORDERS = "column-order.safetensors"
 DROPPED = (
     *PICKLES,
     *("*.safetensors", "*.gguf", "*.h5", "*.msgpack", "*.onnx", "*.index.json"),
-    *("README.md", "prunus.json", "evaluation.json"),
+    *("README.md", "prunus.json", "evaluation.json", "prunus.masks"),
 )
 
 
 class Output:
     """Writes shards into the work folder: one per block, then what lies outside of blocks."""
 
-    def __init__(self, job: Job):
+    def __init__(self, job: Job | RecoveryJob):
         """Decide which tensor goes into which shard."""
         self.job = job
         self.work = job.work
@@ -66,16 +69,16 @@ class Output:
         self,
         block: Block,
         report: Mapping[str, Any],
-        changed: set[str] | None = None,
+        changed: Iterable[str] | None = None,
         cuts: Mapping[str, Sequence[Cut]] | None = None,
         orders: Mapping[str, Tensor] | None = None,
     ) -> None:
-        """Write a pruned block's shard and orders of columns, and after them its report, which makes it finished.
+        """Write a changed block's shard and orders of columns, and after them its report, which makes it finished.
 
         Args:
             block: loaded.
             report: what was done to it.
-            changed: parameters that differ from the checkpoint; all of its matrices unless given.
+            changed: dotted paths of its parameters that differ from the checkpoint; its matrices unless given.
             cuts: what was cut from them, if they are smaller now.
             orders: parameter -> order of its columns, where the pattern made one.
         """
@@ -87,10 +90,17 @@ class Output:
             self.work.write_tensors(self._orders_name(block), stored)
         self.work.write(self._report_name(block), report)
 
-    def outside(self) -> None:
-        """Copy what lies outside of blocks, and blocks that the calibration never reached, as it was."""
+    def outside(self, changed: Iterable[str] = (), added: Mapping[str, Tensor] | None = None) -> None:
+        """Write what lies outside of blocks, and blocks that the calibration never reached, as it was.
+
+        Args:
+            changed: dotted paths of loaded parameters outside of blocks that differ from the checkpoint.
+            added: tensors that the checkpoint did not hold (an untied head), by their names on disk.
+        """
         for number, names in enumerate(self.rest, start=len(self.blocks)):
-            self.work.write_tensors(f"checkpoint/{self._file(number)}", dict(self.weights.checkpoint.read(names)))
+            tensors = self.weights.export_outside(names, changed)
+            tensors |= dict(added or {}) if number == self.count - 1 else {}
+            self.work.write_tensors(f"checkpoint/{self._file(number)}", tensors)
         for block in self.job.stream.blocks:
             if block.name not in self.dropped and self.report(block) is None:
                 tensors = self._renamed(block, dict(self.weights.checkpoint.read(self.weights.sources(block.name))))

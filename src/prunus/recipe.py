@@ -187,6 +187,72 @@ class PrunePart(_Part):
         return self
 
 
+class RecoverPart(_Part):
+    """Retraining that keeps the zeros: method x objective, and the text that it learns from."""
+
+    method: Name = Field(default="reconstruct", description="a row of `prunus methods` of kind recovery")
+    objective: Name = Field(
+        default="text", description="what is minimised: a row of `prunus methods` of kind objective"
+    )
+    settings: Settings = Field(
+        default_factory=dict,
+        description="hyper-parameters, such as rank: 32 or masklora.rank: 32 or objective.top_k: 64",
+    )
+    text: Name = Field(
+        default="wikitext2",
+        description="what is learnt from: an embedded text (wikitext2: its validation split), a file, or a data set of "
+        "the hub",
+    )
+    data: Literal["text", "instructions", "samples"] = Field(
+        default="text",
+        description="text: packed, EOS kept; instructions: rows of prompt and response, only the response counts; "
+        "samples: the dense model writes the text itself",
+    )
+    dense: Name | None = Field(
+        default=None, description="the dense model, where one is needed; the one that prunus.json names unless given"
+    )
+    steps: Annotated[int | None, BeforeValidator(_number)] = Field(
+        default=None, ge=1, description="optimizer steps; 1000 unless steps or minutes are given"
+    )
+    minutes: Annotated[float | None, BeforeValidator(_number)] = Field(
+        default=None, gt=0, description="time to train; becomes a number of steps once the pace is measured"
+    )
+    lr: Annotated[float | None, BeforeValidator(lambda value: None if value == "auto" else _number(value))] = Field(
+        default=None, gt=0, description="peak learning rate; the method's own unless given"
+    )
+    probe: bool = Field(default=False, description="try a few learning rates first and take the best (lr: auto)")
+    samples: Annotated[int | None, BeforeValidator(_number)] = Field(
+        default=None, ge=1, description="sequences of the text that are used at most; 128 for local methods, else all"
+    )
+    length: Annotated[int | None, BeforeValidator(_number)] = Field(
+        default=None, ge=8, description="tokens in each sequence; 512, or as many as the model has positions"
+    )
+    batch: Count = Field(
+        default=0, ge=0, description="sequences in one step, over all processes; 0: 8, or a local method's own number"
+    )
+    heldout: Count = Field(default=16, ge=1, description="sequences kept apart to judge by")
+    patience: Count = Field(
+        default=0, ge=0, description="stop after so many judgements in a row without a better one; 0: never"
+    )
+    seed: Count = Field(default=0, ge=0, lt=2**63, description="seed of the order of the text and of new parameters")
+    bos: Bos = Field(
+        default="auto", description="begin each sequence with the BOS token; auto: where the tokenizer does so"
+    )
+    allow_dense: bool = Field(default=False, description="go on with a model in which nothing is pruned")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _auto(cls, data: Any) -> Any:
+        """`lr: auto` asks for the probe."""
+        return {**data, "probe": True} if isinstance(data, Mapping) and data.get("lr") == "auto" else data
+
+    @model_validator(mode="after")
+    def _one_length(self) -> RecoverPart:
+        if self.steps is not None and self.minutes is not None:
+            raise PydanticCustomError("sentence", "steps and minutes both say how long to train; give one of them")
+        return self
+
+
 class EvaluatePart(_Part):
     """Perplexity of the result, with the dense model beside it."""
 
@@ -211,6 +277,7 @@ class Recipe(_Part):
     out: Name | None = Field(default=None, description="folder for the pruned checkpoint")
     calibration: CalibrationPart = Field(default_factory=CalibrationPart)
     prune: PrunePart = Field(default_factory=PrunePart)
+    recover: RecoverPart | None = Field(default=None, description="retrain what is left; leave out to skip")
     evaluate: EvaluatePart | None = Field(default=None, description="judge the result; leave out to skip")
     device: Annotated[str, Field(pattern=r"^(cpu|cuda(:\d+)?)$")] = Field(
         default="cpu",
@@ -277,7 +344,7 @@ def read_recipe(path: Path) -> dict[str, Any]:
     """The mapping of a recipe file, not yet checked, with its paths made relative to the file."""
     data = read_yaml(path)
     # A part that is written but empty (`prune:`) means its defaults.
-    for part in ("calibration", "prune", "evaluate"):
+    for part in ("calibration", "prune", "recover", "evaluate"):
         if part in data and data[part] is None:
             data[part] = {}
     beside(data, path.parent)

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from prunus.errors import RecipeError, near
-from prunus.recipe import CalibrationPart, EvaluatePart, PrunePart, Recipe, Setting, read_recipe, recipe
+from prunus.recipe import CalibrationPart, EvaluatePart, PrunePart, Recipe, RecoverPart, Setting, read_recipe, recipe
 from prunus.recipe_yaml import scalar
 
 # Flat names, as options and Python arguments spell them, and their place in a recipe.
@@ -22,6 +22,11 @@ PLACES = {
 EVALUATE_PLACES = {
     **{name: name for name in ("model", "device", "dtype", "trust_remote_code")},
     **{name: f"evaluate.{name}" for name in EvaluatePart.model_fields if name != "baseline"},
+}
+# And for `prunus recover`, whose words are the keys of the recipe's `recover`.
+RECOVER_PLACES = {
+    **{name: name for name in ("model", "out", "device", "dtype", "trust_remote_code")},
+    **{name: f"recover.{name}" for name in RecoverPart.model_fields},
 }
 
 

@@ -115,6 +115,8 @@ def beside(data: dict[str, Any], folder: Path) -> None:
     _join(data, "out", folder, always=True)
     _join(data, "model", folder)
     _join(data.get("calibration"), "source", folder)
+    _join(data.get("recover"), "text", folder)
+    _join(data.get("recover"), "dense", folder)
     _join(data.get("evaluate"), "text", folder)
     prune = data.get("prune")
     if isinstance(prune, Mapping):

@@ -154,6 +154,11 @@ def run_text(result: Result) -> str:
         )
     else:
         parts.append(prune_text(result["prune"]).partition("\n\nNext:")[0])
+    if result.get("recover"):
+        from prunus.recovery.report import recover_text
+
+        text = recover_text(result["recover"]).partition("\n\nNext:")[0]
+        parts.append(("The recovery was already there:\n\n" if "recover" in result["skipped"] else "") + text)
     if result["evaluate"]:
         done = "The evaluation was already there:\n\n" if "evaluate" in result["skipped"] else ""
         parts.append(done + evaluate_text(result["evaluate"]))

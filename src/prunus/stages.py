@@ -18,7 +18,7 @@ EVALUATION = "evaluation.json"
 def run(
     recipe: Recipe, *, restart: bool = False, overwrite: bool = False, progress: Progress | None = None
 ) -> dict[str, Any]:
-    """Prune, then evaluate if the recipe says so. A stage whose result lies in OUT for the same recipe is skipped.
+    """Prune, then recover and evaluate if the recipe says so; what lies there for the same recipe is not done again.
 
     Same means: the recipe, the model's files, the texts and the files that settings name.
 
@@ -29,7 +29,8 @@ def run(
         progress: told about every block and window.
 
     Returns:
-        `{"prune": ..., "evaluate": ... or None, "skipped": [names of stages that were already done]}`.
+        `{"prune": ..., "recover": ..., "evaluate": ..., "skipped": [names of stages that were already done]}`; None
+        for a stage that the recipe does not have.
 
     Raises:
         RecipeError: the recipe has no `out`.
@@ -38,17 +39,26 @@ def run(
     if recipe.out is None:
         raise RecipeError("The recipe has no `out`; add the folder for the pruned checkpoint, such as `out: pruned`.")
     progress = progress or Silent()
-    out = Path(recipe.out)
+    # With a recovery OUT is what comes out of it; the pruned model, which it begins with, stays beside.
+    pruning = Path(recipe.out if recipe.recover is None else f"{recipe.out}-pruned")
     skipped = []
-    pruned = None if restart else finished(recipe, out, progress)
+    pruned = None if restart else finished(recipe, pruning, progress)
     if pruned is None:
         from prunus.engine import prune
 
-        pruned = prune(recipe, out, restart=restart, overwrite=overwrite, progress=progress)
+        bare = recipe.model_copy(update={"recover": None})
+        pruned = prune(bare, pruning, restart=restart, overwrite=overwrite, progress=progress)
     else:
         skipped.append("prune")
+    recovered = None
+    if recipe.recover is not None:
+        from prunus.recovery.stage import recover
+
+        recovered = recover(recipe, pruning, Path(recipe.out), restart, overwrite, progress)
+        skipped += ["recover"] if recovered.pop("skipped") else []
+    out = Path(recipe.out)
     if recipe.evaluate is None:
-        return {"prune": pruned, "evaluate": None, "skipped": skipped}
+        return {"prune": pruned, "recover": recovered, "evaluate": None, "skipped": skipped}
     key = _evaluation_key(recipe, recipe.evaluate, out)
     evaluated = _evaluated(out, key)
     if evaluated is None:
@@ -56,7 +66,7 @@ def run(
         _write(out / EVALUATION, {**key, "result": evaluated})
     else:
         skipped.append("evaluate")
-    return {"prune": pruned, "evaluate": evaluated, "skipped": skipped}
+    return {"prune": pruned, "recover": recovered, "evaluate": evaluated, "skipped": skipped}
 
 
 def finished(recipe: Recipe, out: Path, progress: Progress | None = None) -> dict[str, Any] | None:
@@ -98,7 +108,7 @@ def _changed(recipe: Recipe, recorded: Any) -> list[str]:
 
 
 def _bare(recipe: Mapping[str, Any]) -> dict[str, Any]:
-    return {key: value for key, value in recipe.items() if key not in ("out", "evaluate")}
+    return {key: value for key, value in recipe.items() if key not in ("out", "recover", "evaluate")}
 
 
 def _evaluate(recipe: Recipe, part: EvaluatePart, out: Path, progress: Progress) -> dict[str, Any]:

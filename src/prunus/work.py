@@ -5,6 +5,7 @@
     run.json        what is being done (the fingerprint)
     survey/         what an allocation has measured, block by block
     reverse/        gradients of the loss, block by block
+    training/       a recovery's own state: checkpoints, the log, what was probed
     budget.json     the sparsity that the allocation gave every site
     published.json  written just before OUT appears
     done/           one report per finished block, written after its shard
@@ -36,6 +37,7 @@ class Work:
         folder: the unfinished work.
         checkpoint: what becomes `out`.
         reverse: gradients, and what the walk to them keeps.
+        training: a recovery's own state.
     """
 
     def __init__(self, out: Path):
@@ -44,6 +46,7 @@ class Work:
         self.folder = out.parent / f".{out.name}.prunus"
         self.checkpoint = self.folder / "checkpoint"
         self.reverse = self.folder / "reverse"
+        self.training = self.folder / "training"
         self._lock: Any = None
 
     @property
@@ -79,7 +82,7 @@ class Work:
                 f"{self.folder} holds an unfinished run of something else ({_differences(before, fingerprint)}). "
                 "Run the command that began it to continue, or add --restart to forget it."
             )
-        for name in ("survey", "reverse", "done", "checkpoint"):
+        for name in ("survey", "reverse", "training", "done", "checkpoint"):
             (self.folder / name).mkdir(exist_ok=True)
         self.write("run.json", dict(fingerprint))
         return before is not None
@@ -149,7 +152,7 @@ class Work:
 
     def close_refused(self) -> None:
         """Remove the folder if this run took it and did nothing in it yet: a refusal is not worth continuing."""
-        parts = (self.folder / name for name in ("survey", "reverse", "done", "checkpoint"))
+        parts = (self.folder / name for name in ("survey", "reverse", "training", "done", "checkpoint"))
         if self._lock is not None and not any(file for part in parts for file in part.glob("*")):
             self.close(remove=True)
 

@@ -11,7 +11,7 @@ import typer
 from typer.exceptions import TyperException
 
 from prunus import __version__
-from prunus.cli import bench, catalogue, evaluate, export, generate, inspect, prune, run
+from prunus.cli import bench, catalogue, evaluate, export, generate, inspect, prune, recover, run
 from prunus.cli.pages import Page, Pages
 from prunus.errors import PrunusError
 
@@ -26,6 +26,8 @@ prunus inspect out                       where the zeros are
 COMMANDS = {
     "prune": (prune.prune, "Set weights of MODEL to zero and write OUT."),
     "plan": (prune.plan, "Say what prune would do; reads no weights."),
+    "recover": (recover.recover, "Retrain a pruned model; its zeros stay zero."),
+    "merge": (recover.merge, "Merge a LoRA adapter; no zero is lost."),
     "evaluate": (evaluate.evaluate, "Measure perplexity, beside the dense model's."),
     "generate": (generate.generate, "Continue a prompt, token by token."),
     "inspect": (inspect.inspect, "Show where the zeros of a checkpoint are."),

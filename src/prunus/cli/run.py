@@ -32,7 +32,7 @@ def run(
     as_json: Json = False,
     quiet: Quiet = False,
 ) -> None:
-    """Do all stages of a recipe: prune, then evaluate beside the dense model if it says so.
+    """Do all stages of a recipe: prune, then recover and evaluate beside the dense model if it says so.
 
     Run again, it skips the stages that are done and continues the one that was interrupted. The
     evaluation is kept in OUT/evaluation.json.

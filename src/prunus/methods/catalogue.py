@@ -22,11 +22,13 @@ def rows() -> list[dict[str, Any]]:
     Returns:
         Dictionaries with `name`, `kind` (preset, method, metric, update, pattern, allocation), `paper` (empty if
         none), `needs` (names of statistics) and `defaults` (hyper-parameter -> value; for a method the names of its
-        parts, for a preset what it stands for).
+        parts, for a preset what it stands for). The kinds recovery and objective follow: what `prunus recover`
+        trains, and what it minimises.
     """
     kinds = {"method": METHODS, "metric": METRICS, "update": UPDATES, "pattern": _EXAMPLES, "allocation": ALLOCATIONS}
     presets = [_preset(name, one) for name, one in PRESETS.items()]
-    return presets + [_row(name, kind, part) for kind, table in kinds.items() for name, part in table.items()]
+    parts = [_row(name, kind, part) for kind, table in kinds.items() for name, part in table.items()]
+    return presets + parts + _recoveries()
 
 
 def _preset(name: str, preset: Preset) -> dict[str, Any]:
@@ -34,6 +36,19 @@ def _preset(name: str, preset: Preset) -> dict[str, Any]:
     needs = sorted(statistic.__name__ for statistic in method.needs | allocation.needs)
     defaults = {"method": preset.method, "allocation": preset.allocation, **preset.settings}
     return {"name": name, "kind": "preset", "paper": method.paper, "needs": needs, "defaults": defaults}
+
+
+def _recoveries() -> list[dict[str, Any]]:
+    from prunus.recovery import RECOVERIES
+    from prunus.recovery.objectives import OBJECTIVES
+    from prunus.recovery.settings import defaults
+
+    kinds: dict[str, Any] = {"recovery": RECOVERIES, "objective": OBJECTIVES}
+    return [
+        {"name": name, "kind": kind, "paper": part.paper, "needs": [], "defaults": defaults(part)}
+        for kind, table in kinds.items()
+        for name, part in table.items()
+    ]
 
 
 def _row(name: str, kind: str, part: Any) -> dict[str, Any]:

@@ -145,6 +145,26 @@ class Weights:
             tensors[name] = tensors[name].to(known[f"{name.removesuffix('bias')}weight"].dtype)
         return {name: value.contiguous() for name, value in tensors.items()}
 
+    def export_outside(self, names: Iterable[str], changed: Iterable[str] = ()) -> dict[str, Tensor]:
+        """Tensors outside of blocks as they shall lie on disk.
+
+        Args:
+            names: names on disk.
+            changed: dotted paths of loaded parameters that differ from the checkpoint.
+
+        Raises:
+            ModelError: a changed parameter is made of several tensors on disk; that happens inside of blocks only.
+        """
+        changed, tensors = set(changed), dict(self.checkpoint.read(names))
+        state = self.model.state_dict() if changed else {}
+        for name in tensors:
+            if changed.isdisjoint(self.targets[name]):
+                continue
+            if name in self.converted:
+                raise ModelError(f"{name}: is converted while loading, so that it cannot be changed outside of blocks.")
+            tensors[name] = _stored_or_new(tensors[name], state[self.targets[name][0]].cpu()).contiguous()
+        return tensors
+
     def check_reversible(self, prefix: str) -> None:
         """See that a freshly loaded block, converted back, is what was read.
 

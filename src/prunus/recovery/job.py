@@ -1,0 +1,287 @@
+"""Everything about a recovery that can be checked or refused before the work begins, in one plain value."""
+
+from __future__ import annotations
+
+import json
+import platform
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import accelerate
+import safetensors
+import torch
+import transformers
+from transformers import PreTrainedModel
+
+from prunus import __version__
+from prunus.data.tokens import folder_positions
+from prunus.distributed import Processes, local_device
+from prunus.errors import ModelError, RecipeError, near
+from prunus.evaluation.loading import check_device
+from prunus.job import PROBE_TOKENS, check_out, dtype_of
+from prunus.memory import available
+from prunus.models.checkpoint import Checkpoint
+from prunus.models.discover import find_blocks
+from prunus.models.skeleton import parameter_count, skeleton
+from prunus.models.source import locate
+from prunus.models.weights import Weights
+from prunus.output import Output
+from prunus.recipe import Recipe, RecoverPart
+from prunus.recovery import masks as registry
+from prunus.recovery.masks import Masks
+from prunus.recovery.recovery import Recovery
+from prunus.recovery.rows import Lessons, lessons
+from prunus.recovery.samples import written
+from prunus.sites import Block
+from prunus.stream import Batch, Stream
+from prunus.work import Work
+
+# Sequences in one step, unless the user or the recovery says how many.
+BATCH = 8
+
+
+@dataclass
+class RecoveryJob:
+    """A recovery that passed all checks.
+
+    Attributes:
+        recipe: what was asked; its `recover` part is `part`.
+        part: the settings of the recovery that all methods share.
+        recovery: the method with its hyper-parameters.
+        folder: the pruned model.
+        out: where the result goes.
+        overwrite: whether it may replace what is there.
+        work: the unfinished state beside it; `work.training` is the recovery's own.
+        checkpoint: the pruned model's files.
+        stream: the pruned model, its parameters on meta, and its blocks.
+        masks: which weights are kept.
+        lessons: what is learnt from and judged by.
+        device: where is computed.
+        processes: this process among its peers.
+        warnings: what the user should know.
+        record: `prunus.json` of the pruned folder; empty for a foreign one.
+    """
+
+    recipe: Recipe
+    part: RecoverPart
+    recovery: Recovery
+    folder: Path
+    out: Path
+    overwrite: bool
+    work: Work
+    checkpoint: Checkpoint
+    stream: Stream
+    masks: Masks
+    lessons: Lessons
+    device: torch.device
+    processes: Processes
+    warnings: list[str]
+    record: dict[str, Any]
+
+    @property
+    def model(self) -> PreTrainedModel:
+        """The pruned model; its parameters are on meta unless a recovery has loaded them."""
+        return self.stream.model
+
+    @property
+    def blocks(self) -> list[Block]:
+        """All blocks with their matrices."""
+        return self.stream.blocks
+
+    @property
+    def output(self) -> Output:
+        """Writes shards into the work folder."""
+        return Output(self)
+
+    @property
+    def probe(self) -> Batch:
+        """The few tokens whose logits are compared after reloading."""
+        return Batch({"input_ids": self.lessons.heldout.ids[:1, :PROBE_TOKENS].clone()}, 0)
+
+    @property
+    def dtype_name(self) -> str:
+        """Dtype that the forward passes are computed in."""
+        return str(self.model.dtype).removeprefix("torch.")
+
+    @property
+    def parameters(self) -> int:
+        """Number of the model's weights, tied ones once."""
+        return parameter_count(self.model)
+
+    @property
+    def versions(self) -> dict[str, str]:
+        """Versions of all that has a say in the numbers."""
+        return {
+            "prunus": __version__, "torch": torch.__version__, "transformers": transformers.__version__,
+            "safetensors": safetensors.__version__, "accelerate": accelerate.__version__,
+            "python": platform.python_version(),
+        }  # fmt: skip
+
+    @property
+    def fingerprint(self) -> dict[str, Any]:
+        """What decides the result to the last bit; an unfinished run is only continued under the same."""
+        recipe = {name: value for name, value in self.recipe.resolved().items() if name not in ("out", "evaluate")}
+        return {
+            "recipe": json.loads(json.dumps(recipe)),
+            "model": self.checkpoint.identity,
+            "text": self.lessons.summary["sha256"],
+            "versions": {name: self.versions[name] for name in ("prunus", "torch", "transformers")},
+            "device": self.device.type, "threads": torch.get_num_threads(), "processes": self.processes.world,
+        }  # fmt: skip
+
+    def dense_folder(self) -> Path:
+        """The dense model's folder, for methods that look at it.
+
+        Raises:
+            RecipeError: it is not named, and prunus.json does not name it either.
+        """
+        return _dense_folder(self.part, self.record, self.recipe.trust_remote_code)
+
+    def begin(self, restart: bool) -> None:
+        """Take the work folder and see that the disk is large enough.
+
+        Raises:
+            RecipeError: the disk is too small, the folder is taken, or it holds another unfinished run.
+        """
+        continued = self.work.begin(self.fingerprint, restart)
+        need, free = int(self.checkpoint.bytes * 1.05), shutil.disk_usage(self.work.folder).free
+        if need > free and not continued:
+            self.work.close(remove=True)
+            raise RecipeError(f"{self.out.parent} has {free / 1e9:.1f} GB free and this run needs {need / 1e9:.1f} GB.")
+
+    def require_memory(self, terms: dict[str, int], cure: str) -> dict[str, int]:
+        """See that so many bytes are there; returns the terms with their sum.
+
+        Args:
+            terms: name → bytes that will be needed besides what the process holds now.
+            cure: what would need less.
+
+        Raises:
+            RecipeError: there is less.
+        """
+        total = sum(terms.values())
+        free = torch.cuda.mem_get_info(self.device)[0] if self.device.type == "cuda" else available()
+        if total > free:
+            shown = " + ".join(f"{name} {size / 1e9:.2f} GB" for name, size in terms.items() if size)
+            raise RecipeError(
+                f"This recovery needs {total / 1e9:.2f} GB ({shown}), and {free / 1e9:.2f} GB are free. {cure}"
+            )
+        return {**terms, "total": total}
+
+
+def _dense_folder(part: RecoverPart, record: dict[str, Any], trust_remote_code: bool) -> Path:
+    name = part.dense or dense_name(record)
+    if not name:
+        raise RecipeError("This recovery needs the dense model, and nothing says which that is; name it with --dense.")
+    return locate(name, trust_remote_code=trust_remote_code)
+
+
+def dense_name(record: dict[str, Any]) -> str | None:
+    """The dense model that a record of prunus names, behind any number of recoveries."""
+    while isinstance(record.get("pruned"), dict) and record["pruned"]:
+        record = record["pruned"]
+    recipe = record.get("recipe")
+    return str(recipe["model"]) if isinstance(recipe, dict) and recipe.get("model") else None
+
+
+def choose(part: RecoverPart) -> Recovery:
+    """The recovery that a recipe names, with its settings.
+
+    Raises:
+        RecipeError: an unknown name or setting.
+    """
+    from prunus.recovery import RECOVERIES
+    from prunus.recovery.settings import configure
+
+    if part.method not in RECOVERIES:
+        raise RecipeError(f"There is no recovery {part.method!r}.{near(part.method, RECOVERIES)}")
+    settings = {key: value for key, value in part.settings.items() if not key.startswith("objective.")}
+    return configure(RECOVERIES[part.method], settings)
+
+
+def prepare(
+    recipe: Recipe,
+    out: Path,
+    *,
+    recovery: Recovery | None = None,
+    overwrite: bool,
+    processes: Processes,
+    warnings: list[str],
+) -> RecoveryJob:
+    """Check everything that can be checked before anything is trained.
+
+    Args:
+        recipe: what was asked.
+        out: absolute path of the folder to make.
+        recovery: instead of the one that the recipe names.
+        overwrite: whether it may replace another.
+        processes: this process among its peers.
+        warnings: receives what the user should know.
+
+    Raises:
+        PrunusError: something about the recipe, the model, the text or the output does not do.
+    """
+    part = recipe.recover or RecoverPart()
+    recovery = recovery or choose(part)
+    part = part.model_copy(update={"batch": part.batch or getattr(recovery, "batch", BATCH)})
+    device = check_device(str(local_device(recipe.device)))
+    folder = locate(recipe.model, trust_remote_code=recipe.trust_remote_code)
+    work = Work(out)
+    check_out(out, folder, overwrite or work.published)
+    checkpoint = Checkpoint.open(folder)
+    model = skeleton(folder, dtype_of(recipe.dtype, device, checkpoint), recipe.trust_remote_code)
+    if not hasattr(model, "get_output_embeddings") or model.get_output_embeddings() is None:
+        raise ModelError(f"{type(model).__name__} has no language-model head; recovery learns from the next token.")
+    stream = Stream(model, Weights(model, checkpoint, device), find_blocks(model), processes)
+    record = read_record(folder)
+    if part.data == "samples":
+        dense = _dense_folder(part, record, recipe.trust_remote_code)
+        file = processes.on_first(lambda: str(written(dense, part, device, recipe.trust_remote_code)))
+        part = part.model_copy(update={"text": file})
+    found = lessons(part, folder, vocabulary=model.config.get_text_config().vocab_size, limit=folder_positions(folder))
+    masks = masks_of(folder, stream)
+    _refuse_dense(masks, record, part, warnings)
+    job = RecoveryJob(
+        recipe, part, recovery, folder, out, overwrite, work, checkpoint, stream, masks, found, device, processes,
+        warnings, record,
+    )  # fmt: skip
+    recovery.check(job)
+    return job
+
+
+def masks_of(folder: Path, stream: Stream) -> Masks:
+    """The masks of a folder: its registry, checked against the weights, or its zeros. Block by block."""
+    loaded: list[Block] = []
+
+    def load(block: Block | None) -> None:
+        if block is None:
+            stream.weights.drop(loaded.pop().module)
+        else:
+            stream.weights.load(stream.weights.sources(block.name))
+            loaded.append(block)
+
+    file = folder / registry.FILE
+    return registry.take(stream.blocks, Masks.read(file) if file.is_file() else None, load)
+
+
+def read_record(folder: Path) -> dict[str, Any]:
+    """The folder's `prunus.json`, or nothing where it has none that can be read."""
+    try:
+        found = json.loads((folder / "prunus.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def _refuse_dense(masks: Masks, record: dict[str, Any], part: RecoverPart, warnings: list[str]) -> None:
+    """Refuse a model in which nothing is pruned, unless prunus made it smaller in another way or it is allowed."""
+    if masks.removed or record:
+        return
+    if not part.allow_dense:
+        raise RecipeError(
+            "No weight of this model is zero: it is dense, and there is nothing to preserve. Prune it first, or go on "
+            "with --allow-dense."
+        )
+    warnings.append("The model is dense: there are no zeros to keep.")

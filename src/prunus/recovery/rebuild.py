@@ -1,0 +1,184 @@
+"""One part of one block: a closed form, a training, and the better of what it was and what it became."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from prunus.distributed import Processes
+from prunus.errors import ModelError
+from prunus.gather import Gatherer
+from prunus.recovery.abreast import Facing
+from prunus.recovery.compensate import Refit, Rescaled, shifted
+from prunus.recovery.fit import Fitted, Lesson, fit, outputs
+from prunus.recovery.masks import clear
+from prunus.recovery.trainables import Direct, Together, Trainable, kept, low_rank, vectors
+from prunus.sites import Block
+from prunus.statistics import Gram, InputMoments, SiteStats
+
+if TYPE_CHECKING:
+    from prunus.recovery.job import RecoveryJob
+    from prunus.recovery.reconstruct import Reconstruct
+
+# Closed forms before the training, by name.
+STARTS = {"refit": Refit(), "scales": Rescaled()}
+
+# An error above this is no error of pruning: the model has come apart.
+BROKEN = 1e6
+
+
+@dataclass
+class Rebuilt:
+    """What became of a part.
+
+    Attributes:
+        before: relative squared error of the hidden states behind it, as it was given.
+        after: as it is now; never above `before`.
+        found: its outputs now, one tensor for each lesson, on the CPU.
+        trainable: number of values that were trained.
+        fitted: the losses of the training.
+        given: True if it was put back to what it was, because nothing was gained.
+    """
+
+    before: float
+    after: float
+    found: list[Tensor]
+    trainable: int
+    fitted: Fitted
+    given: bool
+
+    @property
+    def report(self) -> dict[str, Any]:
+        """JSON values."""
+        return {
+            "before": self.before, "after": self.after, "steps": len(self.fitted.losses), "trainable": self.trainable,
+            "diverged": self.fitted.diverged, "as_given": self.given,
+        }  # fmt: skip
+
+
+def rebuild(how: Reconstruct, job: RecoveryJob, facing: Facing, lessons: Sequence[Lesson], together: int) -> Rebuilt:
+    """Reconstruct a part of a loaded block in place, rounded to the dtype on disk, zeros exact.
+
+    Args:
+        how: the settings.
+        job: knows masks and the dtype on disk.
+        facing: the part and its dense twin, both loaded.
+        lessons: what it is given and what it should give.
+        together: lessons in one optimizer step.
+
+    Raises:
+        ModelError: the hidden states of the pruned model are not finite.
+    """
+    module, part, device = facing.block.module, facing.part, job.device
+    stored = _stored(facing, how)
+    old = [value.detach().clone() for value in stored.values()]
+    with part.alone():
+        stats, first, before = _gather(how, facing, lessons, device)
+        if not before < BROKEN:
+            raise ModelError(
+                f"{facing.block.name}: behind {part.name or 'it'} the hidden states of the pruned model are not finite "
+                "or lie far from the dense ones. Is this the dense model that was pruned (--dense)?"
+            )
+        _start(how, job, facing, stats)
+        del stats
+        trainable = _trainable(how, job, facing)
+        schedule = how.schedule(job, len(lessons), together)
+        fitted = (
+            fit(module, lessons, trainable, list(stored.values()), schedule, device) if schedule.steps else Fitted()
+        )
+        count = _count(trainable) if schedule.steps else sum(_kept(job, facing))
+        _round(job, facing, stored)
+        found, after = outputs(module, lessons, device)
+        if after <= before:
+            return Rebuilt(before, after, found, count, fitted, given=False)
+    for value, former in zip(stored.values(), old, strict=True):
+        value.copy_(former)
+    return Rebuilt(before, before, first, count, fitted, given=True)
+
+
+def _stored(facing: Facing, how: Reconstruct) -> dict[str, nn.Parameter]:
+    """Dotted path in the model -> every stored tensor that may change, each once."""
+    found = {slot.parameter: getattr(slot.module, slot.attribute) for slot in facing.part.slots}
+    return found | {f"{facing.block.name}.{path}": value for path, value in vectors(facing.part, how.norms).items()}
+
+
+def _gather(
+    how: Reconstruct, facing: Facing, lessons: Sequence[Lesson], device: torch.device
+) -> tuple[dict[str, SiteStats], list[Tensor], float]:
+    """Sums over the inputs of the part's matrices as it is given, its outputs, and its error."""
+    needs: set[type] = set()
+    if how.start in STARTS:
+        needs = {Gram, InputMoments} if _biases(facing) else {Gram}
+    block = facing.block
+    gatherer = Gatherer(
+        Block(block.name, block.tower, block.index, block.module, list(facing.part.slots)), frozenset(needs)
+    )
+    found, lost = [], 0.0
+    with gatherer.watching():
+        for lesson in lessons:
+            gatherer.begin(len(lesson.inputs))
+            one, more = outputs(block.module, [lesson], device)
+            found, lost = found + one, lost + more
+    return gatherer.finish(Processes()), found, lost
+
+
+def _biases(facing: Facing) -> bool:
+    return any(getattr(slot.module, "bias", None) is not None for slot in facing.part.slots if slot.expert is None)
+
+
+@torch.no_grad()
+def _start(how: Reconstruct, job: RecoveryJob, facing: Facing, stats: dict[str, SiteStats]) -> None:
+    """Closed forms, matrix by matrix; a matrix that no token reached or that has another shape stays as it is."""
+    form = STARTS.get(how.start)
+    if form is None:
+        return
+    twins = {slot.info.name: slot for slot in facing.same.slots}
+    for slot in facing.part.slots:
+        matrix, known = slot.matrix(), stats[slot.info.name]
+        twin = twins.get(slot.info.name)
+        if known.unseen or twin is None or twin.info.shape != slot.info.shape:
+            continue
+        dense, mask = twin.matrix().weight, job.masks.keep(slot.info.name, matrix.weight.device)
+        matrix.weight.copy_(form(matrix.weight, dense, mask, known))
+        bias = getattr(slot.module, "bias", None) if slot.expert is None else None
+        if bias is not None:
+            bias.copy_(twin.module.bias + shifted(matrix.weight, dense, known))  # type: ignore[operator]
+
+
+def _trainable(how: Reconstruct, job: RecoveryJob, facing: Facing) -> Trainable:
+    """What the settings train in this part."""
+    found = vectors(facing.part, how.norms)
+    own = (
+        kept(facing.part, job.masks)
+        if how.train == "kept"
+        else low_rank(facing.part, job.masks, how.rank, how.alpha, job.part.seed)
+    )
+    return Together([own, Direct(list(found.values()), [None] * len(found))]) if found else own
+
+
+def _count(trainable: Trainable) -> int:
+    """Number of values that are trained: of a matrix under a mask, those that are kept."""
+    parts = trainable.parts if isinstance(trainable, Together) else [trainable]
+    total = 0
+    for part in parts:
+        masks = part.masks if isinstance(part, Direct) else [None] * len(part.parameters)
+        sizes = zip(part.parameters, masks, strict=True)
+        total += sum(value.numel() if mask is None else int(mask.sum()) for value, mask in sizes)
+    return total
+
+
+def _kept(job: RecoveryJob, facing: Facing) -> list[int]:
+    return [int(job.masks.keep(slot.info.name).sum()) for slot in facing.part.slots]
+
+
+@torch.no_grad()
+def _round(job: RecoveryJob, facing: Facing, stored: dict[str, nn.Parameter]) -> None:
+    """Round to the dtype on disk, so that the next part sees what a reader will; removed weights are +0.0."""
+    for path, value in stored.items():
+        value.copy_(value.to(job.stream.weights.dtype(path)))
+    for slot in facing.part.slots:
+        clear(slot.matrix(), job.masks)
