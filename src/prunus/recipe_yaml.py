@@ -116,6 +116,7 @@ def beside(data: dict[str, Any], folder: Path) -> None:
     _join(data, "model", folder)
     _join(data.get("calibration"), "source", folder)
     _join(data.get("evaluate"), "text", folder)
+    _join(data.get("evaluate"), "task_data", folder, always=True)
     prune = data.get("prune")
     if isinstance(prune, Mapping):
         _join(prune.get("settings"), "allocation.file", folder, always=True)
