@@ -11,7 +11,7 @@ import typer
 from typer.exceptions import TyperException
 
 from prunus import __version__
-from prunus.cli import catalogue, evaluate, inspect, prune, run
+from prunus.cli import catalogue, compare, evaluate, inspect, prune, run
 from prunus.cli.pages import Page, Pages
 from prunus.errors import PrunusError
 
@@ -29,6 +29,8 @@ COMMANDS = {
     "evaluate": (evaluate.evaluate, "Measure perplexity, beside the dense model's."),
     "inspect": (inspect.inspect, "Show where the zeros of a checkpoint are."),
     "run": (run.run, "Do all stages of a recipe."),
+    "compare": (compare.compare, "Run many recipes; one table, one page."),
+    "report": (compare.report, "Show runs as one HTML page."),
     "methods": (catalogue.methods, "List what there is to choose from."),
     "schema": (catalogue.schema, "Print the JSON schema of recipes."),
 }
