@@ -10,15 +10,17 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from prunus.api import catalogue, evaluate, inspect, plan, prune, run
+    from prunus.api import catalogue, compare, evaluate, inspect, plan, prune, run
     from prunus.errors import CalibrationError, FormatError, ModelError, PrunusError, RecipeError
     from prunus.recipe import Recipe, load_recipe
+    from prunus.webpage.write import write_page
 
 __version__ = "0.1.0"
 
 _PLACES = {
-    **dict.fromkeys(("catalogue", "evaluate", "inspect", "plan", "prune", "run"), "prunus.api"),
+    **dict.fromkeys(("catalogue", "compare", "evaluate", "inspect", "plan", "prune", "run"), "prunus.api"),
     **dict.fromkeys(("Recipe", "load_recipe"), "prunus.recipe"),
+    "write_page": "prunus.webpage.write",
     **dict.fromkeys(("PrunusError", "RecipeError", "ModelError", "CalibrationError", "FormatError"), "prunus.errors"),
 }
 
@@ -31,12 +33,14 @@ __all__ = [
     "RecipeError",
     "__version__",
     "catalogue",
+    "compare",
     "evaluate",
     "inspect",
     "load_recipe",
     "plan",
     "prune",
     "run",
+    "write_page",
 ]
 
 

@@ -164,6 +164,44 @@ def inspect(model: str | Path, *, progress: Progress | None = None) -> dict[str,
     return look(find(model), progress=progress)
 
 
+def compare(
+    recipes: Sequence[str | Path] = (),
+    *,
+    out: str | Path,
+    models: Sequence[str | Path] = (),
+    keep: bool = False,
+    restart: bool = False,
+    ray: str | None = None,
+    progress: Progress | None = None,
+    **options: Any,
+) -> dict[str, Any]:
+    """Run many recipes and set them side by side in `out`; called again after an interruption it continues.
+
+    Args:
+        recipes: YAML files; none: the defaults and `options`.
+        out: folder of the comparison: table.csv, report.html, and a folder of data for each row.
+        models: instead of the recipes' own; every recipe meets every model.
+        keep: leave the pruned checkpoints in `out`/runs.
+        restart: make every row anew.
+        ray: address of a Ray cluster to run rows on.
+        progress: told about every step.
+        **options: those of `prune`, of which method, metric, update, pattern, sparsity, allocation, compat, samples,
+            length and seed may be lists; and text, eval_length, windows, sample, tasks, task_data, limit and batch.
+
+    Returns:
+        What `prunus compare --json` prints.
+
+    Raises:
+        PrunusError: a recipe cannot be, `out` cannot be used, or no row could be made.
+    """
+    from prunus.comparison.grid import entries
+    from prunus.comparison.run import compare as run_all
+
+    given = {name: str(value) if isinstance(value, Path) else value for name, value in options.items()}
+    wanted = entries(list(recipes), models=[str(model) for model in models], options=given)
+    return run_all(wanted, Path(out), keep=keep, restart=restart, ray=ray, progress=progress)
+
+
 def catalogue() -> list[dict[str, Any]]:
     """Every method, metric, update, pattern and allocation: `name, kind, paper, needs, defaults`."""
     from prunus.methods.catalogue import rows

@@ -34,6 +34,13 @@ def public(name: Any) -> str:
     return Path(text).name if Path(text).is_absolute() or text.startswith(".") else text
 
 
+def unplaced(value: Any) -> Any:
+    """The same data with `public` names in place of absolute paths."""
+    if isinstance(value, Mapping):
+        return {key: unplaced(item) for key, item in value.items()}
+    return public(value) if isinstance(value, str) and Path(value).is_absolute() else value
+
+
 def rows_table(head: Sequence[tuple[str, str]], rows: Iterable[tuple[str, Sequence[str]]]) -> str:
     """A table: `head` has (class, text) of each column, `rows` (class, cells as HTML); the first cell is a heading."""
     top = "".join(f'<th scope="col" class="{kind}">{esc(text)}</th>' for kind, text in head)
@@ -212,5 +219,5 @@ def provenance(run: Run) -> str:
     facts["note"] = run.why
     facts |= {f"warning {place}": text for place, text in enumerate(run.prune.get("warnings") or (), start=1)}
     items = "".join(f"<dt>{esc(name)}</dt><dd>{esc(value)}</dd>" for name, value in facts.items() if value)
-    recipe = esc(dump_yaml(dict(run.recipe)))
+    recipe = esc(dump_yaml(unplaced(run.recipe)))
     return f'<details><summary>{esc(run.name)}</summary><pre>{recipe}</pre><dl class="plain">{items}</dl></details>'
