@@ -10,17 +10,18 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from prunus.api import catalogue, evaluate, export, inspect, load, merge, plan, prune, recover, run
+    from prunus.api import catalogue, compare, evaluate, export, inspect, load, merge, plan, prune, recover, run
     from prunus.errors import CalibrationError, FormatError, ModelError, PrunusError, RecipeError
     from prunus.recipe import Recipe, load_recipe
+    from prunus.webpage.write import write_page
 
 __version__ = "0.1.0"
 
 _PLACES = {
-    **dict.fromkeys(
-        ("catalogue", "evaluate", "export", "inspect", "load", "merge", "plan", "prune", "recover", "run"), "prunus.api"
-    ),
+    **dict.fromkeys(("catalogue", "compare", "evaluate", "export", "inspect", "load", "merge"), "prunus.api"),
+    **dict.fromkeys(("plan", "prune", "recover", "run"), "prunus.api"),
     **dict.fromkeys(("Recipe", "load_recipe"), "prunus.recipe"),
+    "write_page": "prunus.webpage.write",
     **dict.fromkeys(("PrunusError", "RecipeError", "ModelError", "CalibrationError", "FormatError"), "prunus.errors"),
 }
 
@@ -33,6 +34,7 @@ __all__ = [
     "RecipeError",
     "__version__",
     "catalogue",
+    "compare",
     "evaluate",
     "export",
     "inspect",
@@ -43,6 +45,7 @@ __all__ = [
     "prune",
     "recover",
     "run",
+    "write_page",
 ]
 
 

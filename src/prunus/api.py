@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypedDict
 
@@ -38,6 +39,7 @@ class Options(TypedDict, total=False):
         device: where blocks are computed.
         dtype: number format of the forward passes.
         trust_remote_code: run Python code from the model's folder.
+        max_ppl_ratio: publish nothing if the perplexity is more than so many times the dense model's.
         recipe: YAML that supplies the rest.
     """
 
@@ -59,6 +61,7 @@ class Options(TypedDict, total=False):
     device: str
     dtype: Dtype
     trust_remote_code: bool
+    max_ppl_ratio: float
     recipe: str | Path
 
 
@@ -157,6 +160,10 @@ def evaluate(  # noqa: PLR0913 - the options of the command
     windows: int | None = None,
     bos: When = "auto",
     sample: str | None = None,
+    tasks: Sequence[str] | str = (),
+    task_data: str | Path | None = None,
+    limit: int | None = None,
+    batch: int = 1,
     device: str = "cpu",
     dtype: Dtype = "auto",
     trust_remote_code: bool = False,
@@ -166,12 +173,16 @@ def evaluate(  # noqa: PLR0913 - the options of the command
 
     Args:
         model: a folder, a hub id, a .gguf file or an alias.
-        baseline: evaluated first, usually the dense model.
-        text: "wikitext2" (its test split) or a file.
+        baseline: evaluated first, usually the dense model; with `tasks` it is found by itself where it is known.
+        text: "wikitext2" (its test split), a file, or "none" for `tasks` alone.
         length: tokens in each window, at least 2; part of the result.
         windows: only the first so many.
         bos: begin each window with the BOS token.
         sample: a prompt that each model continues by one sentence.
+        tasks: benchmark tasks of lm-eval by name, or "owl7".
+        task_data: folder with TASK.jsonl files; the hub's data sets unless given.
+        limit: only the first so many items of each task.
+        batch: requests of tasks in one forward pass.
         device: where to compute.
         dtype: number format to compute in.
         trust_remote_code: run Python code from the models' folders.
@@ -186,8 +197,10 @@ def evaluate(  # noqa: PLR0913 - the options of the command
     from prunus.evaluation.perplexity import evaluate as measure
 
     given = {"model": str(model), "text": str(text), "length": length, "windows": windows, "bos": bos, "sample": sample}
+    given |= {"tasks": tasks if isinstance(tasks, str) else list(tasks), "limit": limit, "batch": batch}
+    given |= {"task_data": None if task_data is None else str(task_data)}
     recipe = from_options({**given, "device": device, "dtype": dtype}, places=EVALUATE_PLACES)
-    part = (recipe.evaluate or EvaluatePart()).model_dump(exclude={"baseline"})
+    part = (recipe.evaluate or EvaluatePart()).asked()
     machine = {"device": recipe.device, "dtype": recipe.dtype, "trust_remote_code": trust_remote_code}
     return measure(model, baseline=baseline, progress=progress, **part, **machine)
 
@@ -231,6 +244,44 @@ def load(model: str | Path, *, device: str = "cpu", dtype: Dtype = "auto", trust
     from prunus.loading import load as read
 
     return read(model, device=device, dtype=dtype, trust_remote_code=trust_remote_code)
+
+
+def compare(
+    recipes: Sequence[str | Path] = (),
+    *,
+    out: str | Path,
+    models: Sequence[str | Path] = (),
+    keep: bool = False,
+    restart: bool = False,
+    ray: str | None = None,
+    progress: Progress | None = None,
+    **options: Any,
+) -> dict[str, Any]:
+    """Run many recipes and set them side by side in `out`; called again after an interruption it continues.
+
+    Args:
+        recipes: YAML files; none: the defaults and `options`.
+        out: folder of the comparison: table.csv, report.html, and a folder of data for each row.
+        models: instead of the recipes' own; every recipe meets every model.
+        keep: leave the pruned checkpoints in `out`/runs.
+        restart: make every row anew.
+        ray: address of a Ray cluster to run rows on.
+        progress: told about every step.
+        **options: those of `prune`, of which method, metric, update, pattern, sparsity, allocation, compat, samples,
+            length and seed may be lists; and text, eval_length, windows, sample, tasks, task_data, limit and batch.
+
+    Returns:
+        What `prunus compare --json` prints.
+
+    Raises:
+        PrunusError: a recipe cannot be, `out` cannot be used, or no row could be made.
+    """
+    from prunus.comparison.grid import entries
+    from prunus.comparison.run import compare as run_all
+
+    given = {name: str(value) if isinstance(value, Path) else value for name, value in options.items()}
+    wanted = entries(list(recipes), models=[str(model) for model in models], options=given)
+    return run_all(wanted, Path(out), keep=keep, restart=restart, ray=ray, progress=progress)
 
 
 def catalogue() -> list[dict[str, Any]]:

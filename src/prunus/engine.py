@@ -18,6 +18,7 @@ from prunus.data.tokens import folder_positions
 from prunus.distributed import Processes
 from prunus.edits import apply
 from prunus.errors import PrunusError
+from prunus.evaluation import guard
 from prunus.evidence import Evidence, of_inputs
 from prunus.job import Job, check_out, prepare
 from prunus.methods.shape import Shape
@@ -116,6 +117,7 @@ def _run(job: Job, restart: bool, progress: Progress, clock: Clock) -> dict[str,
     job.processes.on_first(lambda: job.begin(restart))
     for text in job.warnings:
         progress.warn(text)
+    job.processes.on_first(lambda: guard.dense_reference(job.recipe, job.work, progress))
     output = Output(job)
     evidence = Evidence(job.stream, job.batches, job.work, progress, job.needs)
     if evidence.kinds:
@@ -168,6 +170,9 @@ def _publish(
         if isinstance(job.method, Shape):
             result |= {"loads": output.loads, "shapes": {**result["shapes"], "parameters": output.parameters()}}
     progress.advance("reloaded in a fresh process")
+    if warning := guard.probe_warning(logits, job.probe.inputs.get("input_ids")):
+        result["warnings"].append(warning)
+    result["guard"] = guard.check_folder(job.recipe, job.work, job.work.checkpoint, progress)
     result["seconds"] = clock.read()
     result["peak_rss_bytes"] = memory.peak()
     output.describe(result)

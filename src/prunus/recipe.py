@@ -37,6 +37,11 @@ def _number(value: Any) -> Any:
     return value
 
 
+def _listed(value: Any) -> Any:
+    # As on the command line: arc_easy,hellaswag.
+    return [name.strip() for name in value.split(",") if name.strip()] if isinstance(value, str) else value
+
+
 def _settings(value: Any) -> Any:
     for key, item in value.items() if isinstance(value, Mapping) else ():
         if not isinstance(item, str | int | float):
@@ -268,6 +273,26 @@ class EvaluatePart(_Part):
     )
     baseline: bool = Field(default=True, description="evaluate the dense model too")
     sample: Name | None = Field(default=None, description="also continue this prompt by one sentence")
+    tasks: Annotated[list[Name], BeforeValidator(_listed)] = Field(
+        default_factory=list, description="benchmark tasks of lm-eval by name, or owl7; none unless given"
+    )
+    task_data: Name | None = Field(
+        default=None, description="folder with TASK.jsonl files, for machines without a network"
+    )
+    limit: Annotated[int | None, BeforeValidator(_number)] = Field(
+        default=None, ge=1, description="how many items from the start of each task; all of them unless given"
+    )
+    batch: Count = Field(default=1, ge=1, description="requests of tasks in one forward pass")
+    max_ppl_ratio: Annotated[float | None, BeforeValidator(_number)] = Field(
+        default=None,
+        gt=1,
+        allow_inf_nan=False,
+        description="publish nothing if the perplexity is more than so many times the dense model's",
+    )
+
+    def asked(self) -> dict[str, Any]:
+        """The arguments of `evaluation.perplexity.evaluate` that stand here."""
+        return self.model_dump(exclude={"baseline", "max_ppl_ratio"})
 
 
 class Recipe(_Part):

@@ -17,6 +17,7 @@ PLACES = {
     **{name: f"prune.{name}" for name in PrunePart.model_fields},
     **{name: f"calibration.{name}" for name in CalibrationPart.model_fields if name != "source"},
     "calibration": "calibration.source",
+    "max_ppl_ratio": "evaluate.max_ppl_ratio",
 }
 # The same for `prunus evaluate`, whose words are the keys of the recipe's `evaluate`.
 EVALUATE_PLACES = {

@@ -118,6 +118,7 @@ def beside(data: dict[str, Any], folder: Path) -> None:
     _join(data.get("recover"), "text", folder)
     _join(data.get("recover"), "dense", folder)
     _join(data.get("evaluate"), "text", folder)
+    _join(data.get("evaluate"), "task_data", folder, always=True)
     prune = data.get("prune")
     if isinstance(prune, Mapping):
         _join(prune.get("settings"), "allocation.file", folder, always=True)

@@ -6,6 +6,7 @@ import shlex
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+from prunus.evaluation_text import evaluate_text
 from prunus.progress import clock
 from prunus.text import bytes_text, pairs, percent, table, wrap
 
@@ -77,20 +78,6 @@ def plan_text(result: Result) -> str:
         rows = [(block["name"], f"{block['parameters']:,}", f"{block['sparsity']:.4f}") for block in result["blocks"]]
         parts.append(table(("block", "weights", "sparsity"), rows, right=(1, 2)))
     return "\n\n".join([*parts, *_warnings(result.get("notes"), "Note"), buys(result)])
-
-
-def evaluate_text(result: Result) -> str:
-    """Perplexities side by side, with all that they depend on."""
-    measured = [result["baseline"], result] if result.get("baseline") else [result]
-    rows = [(str(item["model"]), f"{item['perplexity']:,.2f}", f"{item['seconds']:,.1f}") for item in measured]
-    windows = f"{result['windows']} windows of {result['length']} tokens of {result['text']}"
-    below = [f"{windows}{_bos(result.get('bos'))}, {result.get('dtype', 'float32')}. Lower is better."]
-    if len(measured) == 2:
-        below.append(
-            f"Perplexity is {result['perplexity'] / result['baseline']['perplexity']:,.3f} times the baseline's."
-        )
-    samples = [f"{item['model']}:\n{wrap(item['sample'], '    ')}" for item in measured if item.get("sample")]
-    return "\n\n".join([table(("model", "perplexity", "seconds"), rows, right=(1, 2)), wrap(" ".join(below)), *samples])
 
 
 def inspect_text(result: Result, *, matrices: bool = False) -> str:

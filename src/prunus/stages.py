@@ -121,25 +121,27 @@ def _evaluate(recipe: Recipe, part: EvaluatePart, out: Path, progress: Progress)
         dtype=recipe.dtype,
         trust_remote_code=recipe.trust_remote_code,
         progress=progress,
-        **part.model_dump(exclude={"baseline"}),
+        **part.asked(),
     )
 
 
 def _evaluation_key(recipe: Recipe, part: EvaluatePart, out: Path) -> dict[str, Any]:
     """What an evaluation depends on: its own settings, the text, the dense model and the record of the checkpoint."""
     from prunus.data.reading import on_hub, read
+    from prunus.evaluation.task_data import fingerprint
     from prunus.models.checkpoint import Checkpoint
     from prunus.models.source import locate
 
     record = _read(out / RECORD)
     # A data set of the hub counts by its name: what lies there is not fetched to find out that nothing is to be done.
-    text = None if on_hub(part.text) else read(part.text, purpose="evaluation").sha256
+    text = None if part.text == "none" or on_hub(part.text) else read(part.text, purpose="evaluation").sha256
     dense = locate(recipe.model, trust_remote_code=recipe.trust_remote_code) if part.baseline else None
     return {
         "evaluate": part.model_dump(mode="json"),
         "device": recipe.device,
         "dtype": recipe.dtype,
         "text_sha256": text,
+        "task_data": fingerprint(part.task_data, part.tasks),
         "baseline": Checkpoint.open(dense).identity if dense else None,
         "of": record.get("fingerprint") or record.get("created"),
     }

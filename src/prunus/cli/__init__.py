@@ -11,7 +11,7 @@ import typer
 from typer.exceptions import TyperException
 
 from prunus import __version__
-from prunus.cli import bench, catalogue, evaluate, export, generate, inspect, prune, recover, run
+from prunus.cli import bench, catalogue, compare, evaluate, export, generate, inspect, prune, recover, run
 from prunus.cli.pages import Page, Pages
 from prunus.errors import PrunusError
 
@@ -35,6 +35,8 @@ COMMANDS = {
     "bench": (bench.bench, "Measure speed beside other engines."),
     "doctor": (bench.doctor, "Say what can run on this machine."),
     "run": (run.run, "Do all stages of a recipe."),
+    "compare": (compare.compare, "Run many recipes; one table, one page."),
+    "report": (compare.report, "Show runs as one HTML page."),
     "methods": (catalogue.methods, "List what there is to choose from."),
     "schema": (catalogue.schema, "Print the JSON schema of recipes."),
 }

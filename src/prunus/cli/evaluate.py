@@ -15,10 +15,11 @@ prunus evaluate out --baseline smollm2
 prunus evaluate packed --engine packed --baseline smollm2
 prunus evaluate out --text book.txt --length 512 --windows 20
 prunus evaluate out --sample "The tree in the garden" --json
+prunus evaluate out --text none --tasks owl7 --task-data tasks --limit 200
 """
 }
 
-WHAT = "What to measure"
+WHAT, TASKS = "What to measure", "Benchmark tasks (extra: tasks)"
 Model = Annotated[
     str,
     typer.Argument(
@@ -27,10 +28,15 @@ Model = Annotated[
 ]
 EVALUATE = {
     "baseline": option(
-        "--baseline MODEL", WHAT, "Evaluate this model too, first and on the same windows: usually the dense one."
+        "--baseline MODEL",
+        WHAT,
+        "Evaluate this model too, first and on the same windows: usually the dense one. With --tasks it is found in "
+        "MODEL's prunus.json unless given; none leaves it out.",
     ),
     "text": option(
-        "--text NAME|FILE", WHAT, "wikitext2 (its test split, comes with prunus) or a text file. Default: wikitext2."
+        "--text NAME|FILE",
+        WHAT,
+        "wikitext2 (its test split, comes with prunus), a text file, or none for tasks alone. Default: wikitext2.",
     ),
     "length": option(
         "--length TOKENS",
@@ -49,6 +55,23 @@ EVALUATE = {
         MACHINE,
         "What computes MODEL: transformers, or packed (its own numbers, int8 activations and all; the baseline stays "
         "with transformers). Default: transformers.",
+    ),
+    "tasks": option(
+        "--tasks NAMES",
+        TASKS,
+        "Benchmark tasks of lm-eval, such as arc_easy,hellaswag, or owl7: BoolQ, RTE, HellaSwag, WinoGrande, ARC-e, "
+        "ARC-c and OBQA with their mean. The dense model is scored too, on the same items.",
+    ),
+    "task_data": option(
+        "--task-data DIR",
+        TASKS,
+        "Read items from TASK.jsonl or TASK.SPLIT.jsonl in DIR, also .gz. Default: the hub's data sets.",
+    ),
+    "limit": option("--limit N", TASKS, "Only the first N items of each task, at least 1. Default: all."),
+    "batch": option(
+        "--batch N",
+        TASKS,
+        "Requests in one forward pass. More is faster on a GPU and may move the last digits. Default: 1, as lm-eval.",
     ),
     "device": option("--device DEVICE", MACHINE, "cpu, cuda or cuda:1. Default: cpu."),
     "dtype": option(
@@ -77,7 +100,7 @@ def evaluate(model: Model, as_json: Json = False, quiet: Quiet = False, **option
 
         baseline, engine = options.pop("baseline"), options.pop("engine") or "transformers"
         recipe = from_options({"model": model, **options}, places=EVALUATE_PLACES, spell=spell(EVALUATE))
-        part = (recipe.evaluate or EvaluatePart()).model_dump(exclude={"baseline"})
+        part = (recipe.evaluate or EvaluatePart()).asked()
         machine = {name: getattr(recipe, name) for name in ("device", "dtype", "trust_remote_code")}
         # Only now, so that a slip of the pen is answered at once.
         from prunus.evaluation.perplexity import evaluate as measure

@@ -122,6 +122,12 @@ RECIPE: dict[str, OptionInfo] = {
     "trust_remote_code": option(
         "--trust-remote-code", MACHINE, "Run Python code that the model's folder brings along; read it first."
     ),
+    "max_ppl_ratio": option(
+        "--max-ppl-ratio R",
+        RUN,
+        "Publish nothing if the perplexity is more than R times the dense model's, R above 1; measured on the first 4 "
+        "windows of wikitext2, or of the recipe's `evaluate`, with either model whole in memory. Default: only warn.",
+    ),
     "recipe": option(
         "--recipe FILE", RUN, "YAML with any of these; options given here override it. `prunus schema` describes it."
     ),

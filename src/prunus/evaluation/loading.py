@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -101,3 +102,15 @@ def _stored(folder: Path) -> torch.dtype:
 
     found = Counter(stored.dtype for stored in Checkpoint.open(folder).tensors.values())
     return found.most_common(1)[0][0]
+
+
+def _packed(folder: Path, *, device: str, dtype: str, trust_remote_code: bool) -> Any:
+    from prunus.packed.running import open_model
+
+    if device != "cpu" or dtype not in ("auto", "float32"):
+        raise RecipeError(f"The packed engine runs on the CPU in float32, not on {device} in {dtype}; leave both out.")
+    return open_model(folder)
+
+
+# What computes a model -> how it is loaded.
+ENGINES: dict[str, Callable[..., Any]] = {"transformers": load_model, "packed": _packed}

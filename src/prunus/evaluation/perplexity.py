@@ -2,26 +2,26 @@
 
 from __future__ import annotations
 
-import math
-import statistics
-import time
-from collections.abc import Callable, Sequence
-from importlib.metadata import version
+import json
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from prunus.data.reading import read
-from prunus.data.tokens import check_bos, check_vocabulary, load_tokenizer
-from prunus.errors import ModelError, RecipeError, near
-from prunus.evaluation.loading import check_device, check_dtype, load_model
-from prunus.evaluation.losses import plan_pieces, token_losses
-from prunus.evaluation.sample import sample as continue_prompt
-from prunus.evaluation.windows import Windows, check_numbers, choose, cut
+from prunus.data.tokens import check_bos
+from prunus.errors import PrunusError, RecipeError, near
+from prunus.evaluation.guard import check_ratio
+from prunus.evaluation.judging import Questions, beside, check_same, judge
+from prunus.evaluation.loading import ENGINES, check_device, check_dtype
+from prunus.evaluation.measure import measure, summary, versions
+from prunus.evaluation.tasks import prepare
+from prunus.evaluation.windows import check_numbers, choose, cut
 from prunus.models.source import locate
 from prunus.progress import Progress, Silent
 
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+__all__ = ["NO_TEXT", "evaluate", "known_dense", "measure", "summary", "versions"]
+
+NO_TEXT = "none"  # as a text: no perplexity; as a baseline: none
 
 
 def evaluate(  # noqa: PLR0913 - one argument for each thing that is part of the result
@@ -36,6 +36,10 @@ def evaluate(  # noqa: PLR0913 - one argument for each thing that is part of the
     device: str = "cpu",
     dtype: str = "auto",
     sample: str | None = None,
+    tasks: Sequence[str] = (),
+    task_data: str | Path | None = None,
+    limit: int | None = None,
+    batch: int = 1,
     trust_remote_code: bool = False,
     engine: str = "transformers",
     progress: Progress | None = None,
@@ -49,9 +53,10 @@ def evaluate(  # noqa: PLR0913 - one argument for each thing that is part of the
 
     Args:
         model: folder, `.gguf`, alias or hub id.
-        baseline: the dense model; measured first, by the same code on the same windows.
+        baseline: the dense model; measured first, by the same code on the same windows. With `tasks` it is the model
+            that MODEL's prunus.json names, unless it is given here or is "none".
         text: "wikitext2" (the whole test split), a file or a data set; token ids [rows, tokens] as `.npy` are cut
-            within each row.
+            within each row. "none": no perplexity, only `tasks`.
         length: tokens in a window; part of the result.
         windows: the first so many; None: all.
         indices: these windows instead, by number.
@@ -59,16 +64,21 @@ def evaluate(  # noqa: PLR0913 - one argument for each thing that is part of the
         device: such as cpu or cuda:0.
         dtype: "auto" (float32 on a CPU, else the checkpoint's own), float32, bfloat16 or float16.
         sample: a prompt; each model's greedy sentence is added under `sample`.
+        tasks: names of lm-eval's tasks, or of `tasks.GROUPS`.
+        task_data: folder of their items; None: the hub's data sets.
+        limit: only the first so many items of each task.
+        batch: requests of tasks in one forward pass.
         trust_remote_code: as in `locate`.
         engine: what computes `model`: transformers, or packed, which packs an ordinary folder without loss first. The
             baseline is always computed by transformers.
         progress: told after each window.
 
     Returns:
-        A JSON object: model, engine, perplexity, loss (nats a token), loss_stderr (standard error of the mean over windows;
-        None for one), windows, length, predictions, tokens (in the windows), text_tokens (in the whole text), text,
-        text_sha256, bos, dtype, device, seconds (of the windows alone), versions and, where asked, sample, baseline
-        (the same keys) and ratio (perplexity over the baseline's).
+        A JSON object: model, engine, perplexity, loss (nats a token), loss_stderr (standard error of the mean over
+        windows; None for one), windows, length, predictions, tokens (in the windows), text_tokens (in the whole text),
+        text, text_sha256, bos, dtype, device, seconds (of the windows alone), versions and, where asked, sample, baseline
+        (the same keys) and ratio (perplexity over the baseline's); with tasks, tasks and groups (`tasks.summary`) and
+        asked (what they depend on); notes, only where there is something to say.
 
     Raises:
         RecipeError: a number out of range, windows longer than the model's positions, unusable device or dtype.
@@ -78,108 +88,49 @@ def evaluate(  # noqa: PLR0913 - one argument for each thing that is part of the
     """
     check_numbers(length, windows, indices)
     check_bos(bos)
-    if engine not in LOADERS:
-        raise RecipeError(f"There is no engine {engine!r} to evaluate with.{near(engine, LOADERS)}")
+    if engine not in ENGINES:
+        raise RecipeError(f"There is no engine {engine!r} to evaluate with.{near(engine, ENGINES)}")
     check_dtype(dtype, check_device(device))
-    reading = read(text, purpose="evaluation")
+    if text == NO_TEXT and not tasks:
+        raise RecipeError("With the text 'none' there is nothing to measure; name tasks, or a text.")
+    reading = None if text == NO_TEXT else read(text, purpose="evaluation")
+    notes: list[str] = []
+    baseline = None if baseline == NO_TEXT else baseline or (known_dense(model, notes) if tasks else None)
     names = [str(model)] if baseline is None else [str(baseline), str(model)]
     folders = [locate(name, trust_remote_code=trust_remote_code) for name in names]
     # All that can be refused is refused before the first model is loaded.
-    plans = [cut(reading, folder, length, bos) for folder in folders]
-    if any(not plan.ids.equal(plans[0].ids) or plan.head != plans[0].head for plan in plans):
-        raise ModelError(
-            f"{model} and {baseline} make different tokens of the text; evaluate each alone, without baseline."
+    plans = [None if reading is None else cut(reading, folder, length, bos) for folder in folders]
+    check_same(plans, names)
+    chosen = [] if plans[0] is None else choose(len(plans[0].ids), windows, indices, plans[0].source)
+    suite = prepare(tasks, data=task_data, limit=limit, batch=batch) if tasks else None
+    questions = Questions(reading, chosen, suite, sample, device, dtype, trust_remote_code)
+    judged = [
+        judge(
+            name,
+            folder,
+            plan,
+            questions,
+            progress=progress or Silent(),
+            engine=engine if folder is folders[-1] else "transformers",
         )
-    chosen = choose(len(plans[0].ids), windows, indices, reading.source)
-    results = []
-    for name, folder, plan in zip(names, folders, plans, strict=True):
-        own = engine if folder is folders[-1] else "transformers"
-        how = {"device": device, "dtype": dtype}
-        loaded = LOADERS[own](folder, trust_remote_code=trust_remote_code, **how)
-        result = {
-            "model": name,
-            "engine": own,
-            **measure(loaded, plan, chosen, note=Path(name).name, progress=progress or Silent()),
-        }
-        result |= {"text": reading.source, "text_sha256": reading.sha256, "versions": versions()}
-        if sample is not None:
-            result["sample"] = continue_prompt(loaded, load_tokenizer(folder), prompt=sample)
-        results.append(result)
-        del loaded
-    if baseline is None:
-        return results[0]
-    return {**results[1], "baseline": results[0], "ratio": results[1]["perplexity"] / results[0]["perplexity"]}
+        for name, folder, plan in zip(names, folders, plans, strict=True)
+    ]
+    result = beside(judged[-1], judged[0] if baseline is not None else None, questions)
+    if "ratio" in result and (warning := check_ratio(result, result["baseline"], None, "")):
+        notes.append(warning)
+    return {**result, "notes": notes} if notes else result
 
 
-def _load_packed(folder: Path, *, device: str, dtype: str, trust_remote_code: bool) -> Any:
-    from prunus.packed.running import open_model
-
-    if device != "cpu" or dtype not in ("auto", "float32"):
-        raise RecipeError(f"The packed engine runs on the CPU in float32, not on {device} in {dtype}; leave both out.")
-    return open_model(folder)
-
-
-# What computes a model -> how it is loaded.
-LOADERS: dict[str, Callable[..., Any]] = {"transformers": load_model, "packed": _load_packed}
-
-
-def measure(
-    model: PreTrainedModel, plan: Windows, chosen: Sequence[int], *, note: str = "", progress: Progress
-) -> dict[str, Any]:
-    """The numbers of `evaluate` for a model in memory.
-
-    Args:
-        model: in evaluation mode, on its device.
-        plan: all windows of the text.
-        chosen: numbers of the windows to measure.
-        note: what the progress line calls it.
-        progress: told after each window.
-
-    Raises:
-        ModelError: if a loss is not finite; the window is named.
-        CalibrationError: if an id is beyond the vocabulary.
-    """
-    check_vocabulary(plan.ids.numpy(), model.config.get_text_config().vocab_size, plan.source)
-    progress.stage(f"evaluate {note}", len(chosen))
-    start = time.perf_counter()
-    means, predictions = [], 0
-    pieces = plan_pieces(model, plan.pair(chosen[0])[0].to(model.device))
-    for index in chosen:
-        inputs, targets = (ids.to(model.device) for ids in plan.pair(index))
-        # float64: the mean over a window must not add an error to losses that are good to seven digits.
-        means.append(float(token_losses(model, inputs, targets, pieces=pieces).double().mean()))
-        if not math.isfinite(means[-1]):
-            raise ModelError(
-                f"The model gives no finite loss in window {index} ({means[-1]}); its weights or dtype are broken."
-            )
-        predictions += len(targets)
-        progress.advance(f"window {index}")
-    return {
-        **summary(means),
-        "windows": len(chosen),
-        "length": plan.ids.shape[1],
-        "predictions": predictions,
-        "tokens": len(chosen) * plan.ids.shape[1],
-        "text_tokens": plan.text_tokens,
-        "bos": plan.head is not None,
-        "dtype": str(model.dtype).removeprefix("torch."),
-        "device": str(model.device),
-        "seconds": time.perf_counter() - start,
-    }
-
-
-def summary(means: Sequence[float]) -> dict[str, float | None]:
-    """Perplexity of the windows' mean losses, and the standard error of their mean (None for one window).
-
-    A loss over 709 nats has no float64 exponential: the perplexity is then infinite and written as 1e308.
-    """
-    loss = statistics.fmean(means)
-    error = statistics.stdev(means) / math.sqrt(len(means)) if len(means) > 1 else None
-    return {"perplexity": math.exp(loss) if loss < 709 else 1e308, "loss": loss, "loss_stderr": error}
-
-
-def versions() -> dict[str, str]:
-    """Versions of the packages that the numbers hang on."""
-    import prunus
-
-    return {"prunus": prunus.__version__, "torch": version("torch"), "transformers": version("transformers")}
+def known_dense(model: str | Path, notes: list[str]) -> str | None:
+    """The dense model that a pruned folder's `prunus.json` names, if it can be had; else a note says why not."""
+    try:
+        record = json.loads((Path(model).expanduser() / "prunus.json").read_text("utf-8"))
+        dense = str(record["recipe"]["model"])
+        locate(dense)
+    except (OSError, ValueError, KeyError, TypeError):
+        notes.append("The dense model is not known, so nothing stands beside the scores; name it with --baseline.")
+        return None
+    except PrunusError as problem:
+        notes.append(f"The dense model cannot be had, so nothing stands beside the scores ({problem})")
+        return None
+    return dense

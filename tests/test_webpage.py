@@ -1,0 +1,156 @@
+"""The page: what it shows, that nothing in it is markup of others, and that a browser shows it without a complaint."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from browser import CHROMIUM, browser
+from prunus.cli import main
+from prunus.errors import RecipeError
+from prunus.webpage.gather import gather
+from prunus.webpage.parts import best_runs
+from prunus.webpage.write import lead, page, write_page
+
+pytest.importorskip("matplotlib")
+
+HOSTILE = '<script>alert(1)</script> & "quotes" $x_1$ </style>'
+
+
+def score(acc: float, change: float | None = None) -> dict[str, Any]:
+    one: dict[str, Any] = {"acc": acc, "acc_norm": None, "stderr": 0.02, "acc_norm_stderr": None, "items": 100}
+    if change is not None:
+        one["versus"] = {
+            "difference": change, "low": change - 0.05, "high": change + 0.05, "p": 0.01, "verdict": "worse",
+        }  # fmt: skip
+    return one
+
+
+def row(name: str, method: str, sparsity: float, perplexity: float, **others: Any) -> dict[str, Any]:
+    blocks = [
+        {"name": f"b{i}", "sparsity": sparsity + (0.02 * i if method == "ria" else 0), "error": 0.01 * (i + 1)}
+        for i in range(4)
+    ]
+    recipe = {
+        "model": "/somewhere/private/tiny",
+        "prune": {"method": method, "sparsity": sparsity, "pattern": "unstructured", "allocation": "uniform"},
+    }
+    common = {"windows": 4, "length": 64, "text": "wikitext2", "loss_stderr": 0.05}
+    return {
+        "name": name, "status": "done", "recipe": recipe,
+        "prune": {
+            "sparsity": {"reached": sparsity}, "blocks": blocks, "size": {"dense_bytes": 10**6, "out_bytes": 10**6},
+            "seconds": {"total": 61.0}, "peak_rss_bytes": 5 * 10**8, "warnings": [HOSTILE], "versions": {"torch": "2"},
+            "calibration": {"samples": 4, "sha256": "ab"},
+        },
+        "evaluate": {
+            "perplexity": perplexity, "sample": f"Once {HOSTILE}", **common,
+            "tasks": {"arc_easy": score(0.4, -0.1)}, "groups": {}, "asked": {"limit": 100, "lm_eval": "0.4"},
+            "baseline": {"perplexity": 10.0, "sample": "Once dense.", "tasks": {"arc_easy": score(0.5)}, **common},
+        },
+        **others,
+    }  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def comparison(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A comparison with two good rows, one that failed and one that collapsed; its names are hostile."""
+    folder = tmp_path_factory.mktemp("comparison") / "grid"
+    rows = [
+        row("wanda-0.5", "wanda", 0.5, 12.0),
+        row("wanda-0.7", "wanda", 0.7, 40.0),
+        row("ria-0.5", "ria", 0.5, 11.0),
+        row("long " + "w" * 80, "wanda", 0.6, 900.0, status="collapsed", why=f"Quality fell {HOSTILE}"),
+        {"name": "broken", "status": "failed", "why": "no such model", "recipe": row("", "wanda", 0.5, 1)["recipe"]},
+    ]
+    for one in rows:
+        place = folder / "runs" / one["name"]
+        place.mkdir(parents=True)
+        (place / "result.json").write_text(json.dumps(one))
+    bench = {"rows": [{"engine": "hf-fp32", "phase": "decode", "tokens_per_second": 12.3456, "file_bytes": 10**8}]}
+    (folder / "runs" / "wanda-0.5" / "bench.json").write_text(json.dumps(bench))
+    record = {"format": 1, "rows": [{"name": one["name"]} for one in rows]}
+    (folder / "comparison.json").write_text(json.dumps(record))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def text(comparison: Path) -> str:
+    return page(gather([comparison]))
+
+
+def test_the_page_shows_every_row_every_number_and_every_reason(text: str) -> None:
+    for words in ("wanda-0.5", "12.00", "1.20", "no such model", "Quality fell", "0.400", "-10.0", "worse", "12.3"):
+        assert words in text, words
+    assert "Once dense." in text
+    assert "torch 2" in text
+
+
+def test_nothing_that_came_from_a_file_is_markup(text: str) -> None:
+    assert "<script" not in text
+    assert text.count("</style>") == text.count("<style")
+    assert "&lt;script&gt;alert(1)" in text
+    assert "/somewhere/private" not in text
+
+
+def test_the_page_asks_for_nothing_and_is_small(comparison: Path, tmp_path: Path) -> None:
+    done = write_page([comparison], tmp_path / "page.html")
+    text = (tmp_path / "page.html").read_text("utf-8")
+    assert done["bytes"] == len(text.encode()) < 2_000_000
+    assert not re.search(r"(?:src|href|url\()\s*=?\s*[\"']?(?:https?:)?//", text)
+    assert "default-src 'none'" in text
+    for plot in done["plots"]:
+        assert Path(plot).read_bytes().startswith(b"\x89PNG")
+    assert {Path(plot).stem for plot in done["plots"]} == {"perplexity", "sparsity-by-block", "error-by-block", "tasks"}
+
+
+def test_no_two_things_on_the_page_have_one_id(text: str) -> None:
+    ids = re.findall(r'\bid="([^"]+)"', text)
+    assert len(ids) == len(set(ids))
+
+
+def test_colours_of_plots_are_the_pages_variables(text: str) -> None:
+    plots = "".join(re.findall(r"<svg.*?</svg>", text, re.DOTALL))
+    assert "var(--series-1)" in plots
+    assert set(re.findall(r"(?:fill|stroke): (#\w+)", plots)) == set()
+
+
+def test_the_best_is_the_best_among_equals(comparison: Path) -> None:
+    runs = gather([comparison])
+    assert best_runs(runs) == {"ria-0.5"}
+    assert "ria-0.5" in lead(runs)
+    assert "2 of 5 did not come to an end" in lead(runs)
+
+
+def test_a_folder_without_a_run_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(RecipeError, match=r"neither prunus\.json nor comparison\.json"):
+        gather([tmp_path])
+    (tmp_path / "prunus.json").write_text("{")
+    assert main(["report", str(tmp_path), "-q"]) == 2
+    assert "cannot be read as JSON" in capsys.readouterr().err
+    assert not (tmp_path / "report.html").exists()
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="no Chromium here")
+def test_a_browser_shows_it_in_both_widths_and_schemes_without_a_complaint(text: str, tmp_path: Path) -> None:
+    file = tmp_path / "page.html"
+    file.write_text(text, "utf-8")
+    papers = set()
+    with browser(tmp_path / "profile") as shown:
+        for width in (360, 1200):
+            for scheme in ("light", "dark"):
+                shown.show(file, width=width, scheme=scheme)
+                assert shown.evaluate("document.documentElement.scrollWidth") <= width, (width, scheme)
+                assert shown.complaints() == []
+                papers.add(shown.evaluate("getComputedStyle(document.body).backgroundColor"))
+                visible = (
+                    "[...document.querySelectorAll('figure svg')].filter(one => one.getBoundingClientRect().width)"
+                )
+                assert shown.evaluate(f"{visible}.length") == 4
+                assert shown.evaluate(f"Math.min(...{visible}.map(one => one.getBoundingClientRect().height))") > 100
+                assert "fell <script>" in shown.evaluate("document.body.innerText")
+    assert len(papers) == 2
