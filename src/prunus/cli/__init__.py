@@ -11,7 +11,7 @@ import typer
 from typer.exceptions import TyperException
 
 from prunus import __version__
-from prunus.cli import catalogue, evaluate, generate, inspect, prune, run, score
+from prunus.cli import catalogue, evaluate, forecast, generate, inspect, prune, run, score
 from prunus.cli.pages import Page, Pages
 from prunus.errors import PrunusError
 
@@ -29,6 +29,7 @@ COMMANDS = {
     "evaluate": (evaluate.evaluate, "Measure perplexity, beside the dense model's."),
     "generate": (generate.generate, "Continue a prompt, token by token."),
     "score": (score.score, "Does it prefer what is true: TruthfulQA, FACTOR, DoLa."),
+    "forecast": (forecast.forecast, "Predict where a logged number is going."),
     "inspect": (inspect.inspect, "Show where the zeros of a checkpoint are."),
     "run": (run.run, "Do all stages of a recipe."),
     "methods": (catalogue.methods, "List what there is to choose from."),
