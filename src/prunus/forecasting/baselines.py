@@ -23,7 +23,7 @@ def histogram(past: np.ndarray, steps: int, scale: Scale) -> np.ndarray:
 
 
 def ar1(past: np.ndarray, steps: int, scale: Scale) -> np.ndarray:
-    """x' = a + b·x by least squares, b in [-1, 1] so that nothing explodes."""
+    """X' = a + b·x by least squares, b in [-1, 1] so that nothing explodes."""
     before, behind = past[:-1], past[1:]
     spread = before - before.mean()
     slope = float(np.clip((spread @ (behind - behind.mean())) / max(spread @ spread, 1e-300), -1, 1))
@@ -50,7 +50,7 @@ def bigram_kernel(states: np.ndarray, count: int, prior: float = PRIOR) -> np.nd
 
 
 def power_law(past: np.ndarray, steps: int, scale: Scale) -> np.ndarray:
-    """a + b·t**-c, with c searched in [0.05, 3] and a, b by least squares."""
+    """A + b·t**-c, with c searched in [0.05, 3] and a, b by least squares."""
     times = np.arange(1, len(past) + steps + 1, dtype=float)
     best: tuple[float, np.ndarray] | None = None
     for exponent in np.geomspace(0.05, 3, 60):

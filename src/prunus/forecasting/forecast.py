@@ -23,6 +23,7 @@ from prunus.models.source import locate, read_config
 from prunus.progress import Progress, Silent
 
 BAND = (0.05, 0.95)
+MOST = 1000  # values that are read at once, however many positions there are
 RATE_CHANGE = 0.1
 
 
@@ -65,15 +66,16 @@ class Options:
 class Forecaster:
     """A model that reads series."""
 
-    def __init__(self, model: Any, alphabet: Alphabet, options: Options, *, limit: float = math.inf) -> None:
-        """A `model` whose tokenizer writes numbers by `alphabet`; `limit`: positions that it has."""
+    def __init__(self, model: Any, alphabet: Alphabet, options: Options, *, limit: int | None = None) -> None:
+        """A `model` whose tokenizer writes numbers by `alphabet`; `limit`: positions that it has, if that is known."""
         self.model, self.alphabet, self.options = model, alphabet, options
         self.digits = options.digits or (3 if alphabet.kind == "triple" else 2)
         cost = len(alphabet.number(0, self.digits)) + 1
-        self.most = int(min((limit - len(alphabet.head) - self.digits) // cost, options.points or 1000))
+        fit = MOST if limit is None else (limit - len(alphabet.head) - self.digits) // cost
+        self.most = min(fit, options.points or MOST)
         if self.most < LEAST:
             raise RecipeError(
-                f"The model has {limit:g} positions, enough for {self.most} values of {self.digits} digits; at least "
+                f"The model has {limit} positions, enough for {self.most} values of {self.digits} digits; at least "
                 f"{LEAST} are needed. Use fewer digits or another model."
             )
 
@@ -127,7 +129,7 @@ def forecast(
     tokenizer = load_tokenizer(folder)
     head = head_token(tokenizer, "auto")
     alphabet = probe_number_tokenizer(tokenizer, () if head is None else (head,))
-    limit = positions(read_config(folder)) or math.inf
+    limit = positions(read_config(folder))
     begun = time.perf_counter()
     forecaster = Forecaster(load_model(folder, **machine), alphabet, options, limit=limit)
     result = predict(series, forecaster, progress or Silent())

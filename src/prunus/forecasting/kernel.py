@@ -59,7 +59,7 @@ class Context:
         self._tree: bool | None = None if self.cache is not None else False
 
     def branches(self, length: int, paths: Sequence[tuple[int, ...]]) -> Tensor:
-        """log p of the next symbol after the first `length` ids and each path of ids, float32 [paths, symbols].
+        """Log p of the next symbol after the first `length` ids and each path of ids, float32 [paths, symbols].
 
         Lengths must not grow from call to call: what lies behind is forgotten.
 
@@ -83,7 +83,7 @@ class Context:
 
     @torch.inference_mode()
     def _by_tree(self, length: int, paths: Sequence[tuple[int, ...]]) -> Tensor:
-        self.cache.crop(length)
+        self._forget(length)
         seen = torch.zeros(len(paths), length + len(paths), dtype=torch.bool)
         seen[:, :length] = True
         places = {path: place for place, path in enumerate(paths)}
@@ -99,8 +99,14 @@ class Context:
             past_key_values=self.cache,
             use_cache=True,
         )
-        self.cache.crop(length)
+        self._forget(length)
         return self._softmax(output.logits[0])
+
+    def _forget(self, length: int) -> None:
+        """Keep the first `length` ids alone."""
+        behind = self.cache.get_seq_length() - length
+        if behind > 0:
+            self.cache.crop(-behind)
 
     @torch.inference_mode()
     def _one_by_one(self, length: int, paths: Sequence[tuple[int, ...]]) -> Tensor:

@@ -58,7 +58,7 @@ def plausible(mature: Tensor, relative_top: float, least: int = 1) -> Tensor:
 
 
 def contrast(mature: Tensor, premature: Tensor, how: Dola) -> tuple[Tensor, Tensor, Tensor]:
-    """log p - log q_M of every token, M being the premature layer that differs most from the mature one, row by row.
+    """Log p - log q_M of every token, M being the premature layer that differs most from the mature one, row by row.
 
     Args:
         mature: logits [rows, vocabulary].
