@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from prunus.api import catalogue, compare, evaluate, export, inspect, load, merge, plan, prune, recover, run
+    from prunus.decoding.dola.generate import dola_generate
     from prunus.errors import CalibrationError, FormatError, ModelError, PrunusError, RecipeError
     from prunus.recipe import Recipe, load_recipe
     from prunus.webpage.write import write_page
@@ -20,6 +21,7 @@ __version__ = "0.1.0"
 _PLACES = {
     **dict.fromkeys(("catalogue", "compare", "evaluate", "export", "inspect", "load", "merge"), "prunus.api"),
     **dict.fromkeys(("plan", "prune", "recover", "run"), "prunus.api"),
+    "dola_generate": "prunus.decoding.dola.generate",
     **dict.fromkeys(("Recipe", "load_recipe"), "prunus.recipe"),
     "write_page": "prunus.webpage.write",
     **dict.fromkeys(("PrunusError", "RecipeError", "ModelError", "CalibrationError", "FormatError"), "prunus.errors"),
@@ -35,6 +37,7 @@ __all__ = [
     "__version__",
     "catalogue",
     "compare",
+    "dola_generate",
     "evaluate",
     "export",
     "inspect",
