@@ -180,12 +180,10 @@ def _budget(job: Job, evidence: Evidence, progress: Progress) -> dict[str, float
     divided = job.processes.agree(job.work.read("budget.json"))
     survey = Survey(job.stream, job.batches, job.work, progress, evidence)
     if divided is None:
-        divided = job.allocation.divide(survey, job.recipe.prune.sparsity)
+        divided = job.allocation.divide(survey, job.sparsity)
         job.processes.on_first(partial(job.work.write, "budget.json", divided))
     # Also for a budget of an earlier call: what rounding has to say about it belongs to the result of this one.
-    return job.method.pattern.settle(
-        divided, {info.name: info.size for info in survey.sites}, job.recipe.prune.sparsity
-    )
+    return job.method.pattern.settle(divided, {info.name: info.size for info in survey.sites}, job.sparsity)
 
 
 def _blocks(
@@ -270,7 +268,7 @@ def _result(job: Job, reports: list[dict[str, Any]], clock: Clock) -> dict[str, 
         "update": part.update,
         "pattern": part.pattern,
         "allocation": part.allocation,
-        "sparsity": {"wanted": part.sparsity, "reached": zeros / size, "model": zeros / job.parameters},
+        "sparsity": {"wanted": job.sparsity, "reached": zeros / size, "model": zeros / job.parameters},
         "blocks": reports,
         "resumed_blocks": job.resumed,
         "sites": len(matrices),

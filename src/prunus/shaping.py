@@ -41,7 +41,7 @@ def decide(job: Job, method: Shape, output: Output, evidence: Evidence, progress
         else:
             job.warnings.extend(attach_widths(job.stream, job.probe, method.touches))
     survey = Survey(job.stream, job.batches, job.work, progress, evidence)
-    plan = method.plan(survey, job.recipe.prune.sparsity)
+    plan = method.plan(survey, job.sparsity)
     job.stream.dropped = plan.dropped
     output.leave_out(plan.dropped)
     return plan

@@ -78,7 +78,7 @@ def removed(widths, masks):
 def test_one_threshold_meets_the_budget_within_one_unit(widths, scores, share):
     total = sum(int(width.weights.sum()) for width in widths)
     masks = adaptive(widths, scores, round(share * total), None, "exact")
-    assert 0 <= removed(widths, masks) - round(share * total) < int(widths[0].weights[0])
+    assert 0 <= removed(widths, masks) - round(share * total) < 96, "the price of a neuron"
     assert all(mask.any() for mask in masks.values())
 
 

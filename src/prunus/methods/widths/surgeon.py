@@ -15,7 +15,7 @@ from prunus.factor import check_damp
 from prunus.gradients import LossGradientL2
 from prunus.methods.shape import Blocks, Plan
 from prunus.methods.widths.elimination import eliminate, refit
-from prunus.methods.widths.structures import adaptive, reachable, uniform_counts
+from prunus.methods.widths.structures import adaptive, reachable, to_multiple, uniform_counts
 from prunus.sites import Block, Kind, Matrix, SiteInfo, Width
 from prunus.statistics import Gram, SiteStats
 from prunus.stream import Step
@@ -35,6 +35,7 @@ class Surgeon:
         kinds: `both`, `heads` or `neurons`.
         first: blocks at the beginning that are left alone, at least 0.
         last: blocks at the end that are left alone, at least 0.
+        round_to: neurons that stay, in multiples of this, at least 1; the share that this reaches is reported.
         paper: where it was published.
     """
 
@@ -45,6 +46,7 @@ class Surgeon:
     kinds: Literal["both", "heads", "neurons"] = "both"
     first: int = 0
     last: int = 0
+    round_to: int = 1
     paper: str = ""
 
     def __post_init__(self) -> None:
@@ -54,7 +56,7 @@ class Surgeon:
             RecipeError: a number is out of range.
         """
         check_damp("method.damp", self.damp)
-        for name, lowest in (("rounds", 1), ("first", 0), ("last", 0)):
+        for name, lowest in (("rounds", 1), ("round_to", 1), ("first", 0), ("last", 0)):
             if getattr(self, name) < lowest:
                 raise RecipeError(f"method.{name} is {getattr(self, name)}; it must be at least {lowest}.")
 
@@ -90,14 +92,18 @@ class Surgeon:
         widths = [width for block in chosen for width in block.widths]
         target = reachable(survey, widths, sparsity, self)
         if self.structure == "uniform":
-            return Plan(count=uniform_counts(widths, target, sparsity, 0, "UL-UM", "exact"))
+            share = target / sum(int(width.weights.sum()) for width in widths)
+            return self._plan(widths, uniform_counts(widths, target, share, 0, "UL-UM", "exact"))
         found = survey.visit(self._prices, self.needs)
         prices: dict[str, Tensor] = {}
         for block in survey.blocks:
             parts = found[block.name].split([width.groups for width in block.widths])
             prices |= {width.name: part for width, part in zip(block.widths, parts, strict=True)}
         keep = adaptive(widths, prices, target, None, "exact")
-        return Plan(count={name: int(mask.sum()) for name, mask in keep.items()})
+        return self._plan(widths, {name: int(mask.sum()) for name, mask in keep.items()})
+
+    def _plan(self, widths: list[Width], counts: Mapping[str, int]) -> Plan:
+        return Plan(count={width.name: to_multiple(width, counts[width.name], self.round_to) for width in widths})
 
     def narrow(self, block: Block, stats: Mapping[str, SiteStats], plan: Plan) -> list[Narrow]:
         """One edit for each width that loses a group, its consumer refitted."""
