@@ -153,6 +153,7 @@ class Pool:
         router: dotted path of the module that chooses among them.
         chosen: how many it picks for a token.
         spans: groups of equal size that it chooses among first; 1: none.
+        opened: how many of those groups it then chooses experts from.
         weights: int64 `[groups]`, how many weights of matrices each expert holds.
         kind: `experts`.
     """
@@ -163,8 +164,14 @@ class Pool:
     router: str
     chosen: int
     spans: int
+    opened: int
     weights: Tensor
     kind: Kind = "experts"
+
+    @property
+    def least(self) -> int:
+        """Experts that must stay: as many as the router picks from the groups it opens, in groups of one size."""
+        return -(-self.chosen // self.opened) * self.spans
 
 
 @dataclass(frozen=True)

@@ -18,6 +18,7 @@ from prunus.sites import Block, Pool
 COUNTS = ("num_experts", "n_routed_experts", "num_local_experts")
 CHOSEN = ("top_k", "num_experts_per_tok")
 GROUPS = ("num_group", "n_group")
+OPENED = ("topk_group",)
 # A score that is never chosen, also behind a sigmoid to which a correction is added.
 NEVER = -1e9
 
@@ -60,6 +61,7 @@ def _pool(block: Block, path: str, module: nn.Module) -> Pool:
     places = (router, parent, module)
     chosen = next((getattr(part, name) for part in places for name in CHOSEN if hasattr(part, name)), None)
     groups = next((getattr(part, name) for part in places for name in GROUPS if getattr(part, name, None)), 1)
+    opened = next((getattr(router, name) for name in OPENED if hasattr(router, name)), None) or groups
     if not isinstance(chosen, int):
         raise ModelError(f"{block.name}.{path}: how many experts the router chooses is not found.")
     name = f"{block.name}.{path}"
@@ -69,7 +71,7 @@ def _pool(block: Block, path: str, module: nn.Module) -> Pool:
         raise ModelError(f"{name}: some of its matrices are left out by --ignore; experts go as a whole.")
     dot = f"{above}." if above else ""
     sizes = torch.full((count,), each, dtype=torch.int64)
-    return Pool(name, block.name, count, f"{block.name}.{dot}{routers[0]}", chosen, groups, sizes)
+    return Pool(name, block.name, count, f"{block.name}.{dot}{routers[0]}", chosen, groups, opened, sizes)
 
 
 def _routes(part: nn.Module, count: int) -> bool:
@@ -167,8 +169,8 @@ def check_keep(pool: Pool, keep: Tensor) -> None:
         ModelError: fewer experts than the router picks would be left, or its groups would differ in size.
     """
     left = int(keep.sum())
-    if left < pool.chosen:
-        raise ModelError(f"{pool.name}: {left} experts would be left, and the router picks {pool.chosen}.")
+    if left < pool.least:
+        raise ModelError(f"{pool.name}: {left} experts would be left, and the router needs {pool.least}.")
     sizes = set(keep.unflatten(0, (pool.spans, -1)).sum(1).tolist())
     if len(sizes) != 1:
         raise ModelError(f"{pool.name}: its router chooses among {pool.spans} groups, which must stay equally large.")

@@ -174,22 +174,17 @@ def counts(survey: Blocks, sparsity: float) -> dict[str, int]:
     share = sparsity * size / inside
     left, most = {}, 0
     for pool in pools:
-        spare = pool.groups - _least(pool)
+        spare = pool.groups - pool.least
         most += spare * int(pool.weights[0])
         gone = round(share * pool.groups / pool.spans) * pool.spans
         if gone > spare:
-            reach = sum((one.groups - _least(one)) * int(one.weights[0]) for one in pools) / size
+            reach = sum((one.groups - one.least) * int(one.weights[0]) for one in pools) / size
             raise RecipeError(
-                f"{pool.name}: {gone} of {pool.groups} experts would go, and its router picks {pool.chosen}: ask for a "
+                f"{pool.name}: {gone} of {pool.groups} experts would go, and its router needs {pool.least}: ask for a "
                 f"sparsity of 0 to {int(1000 * reach) / 1000:g}."
             )
         left[pool.name] = pool.groups - gone
     return left
-
-
-def _least(pool: Pool) -> int:
-    """Experts that must stay: as many as the router picks, in groups of one size."""
-    return math.ceil(pool.chosen / pool.spans) * pool.spans
 
 
 def best(scores: Tensor, left: int, spans: int) -> Tensor:
