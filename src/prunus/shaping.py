@@ -37,6 +37,8 @@ def decide(job: Job, method: Shape, output: Output, evidence: Evidence, progress
     """
     if method.touches:
         if "experts" in method.touches:
+            # Dense blocks show what a block returns, before those of an earlier call are narrowed.
+            job.stream.calls([job.probe])
             attach_pools(job.stream.blocks)
         else:
             job.warnings.extend(attach_widths(job.stream, job.probe, method.touches))

@@ -17,7 +17,7 @@ from prunus.methods.experts.seen import watch
 from prunus.methods.shape import Blocks, Plan
 from prunus.models.pool import closed, parts
 from prunus.sites import Block, Kind, Pool, SiteInfo
-from prunus.statistics import SiteStats
+from prunus.statistics import BlockStates, SiteStats
 from prunus.stream import Step
 
 # Subsets that the exhaustive search tries in a mixture, at most: C(16, 8).
@@ -43,8 +43,8 @@ class Ranked:
 
     @property
     def needs(self) -> frozenset[type]:
-        """No statistic of matrices: mixtures are looked at as they run."""
-        return frozenset()
+        """Text: mixtures are looked at as they run."""
+        return frozenset({BlockStates})
 
     @property
     def gathers(self) -> frozenset[type]:
@@ -66,7 +66,7 @@ class Ranked:
             values = [self.score(seen) for seen in watch(step).values()]
             return torch.cat(values) if values else torch.zeros(0, dtype=torch.float64)
 
-        found = survey.visit(visit)
+        found = survey.visit(visit, self.needs)
         keep = {}
         for block in survey.blocks:
             scores = found[block.name].split([pool.groups for pool in block.pools])
@@ -109,8 +109,8 @@ class Exhaustive:
 
     @property
     def needs(self) -> frozenset[type]:
-        """No statistic of matrices."""
-        return frozenset()
+        """Text: mixtures are looked at as they run."""
+        return frozenset({BlockStates})
 
     @property
     def gathers(self) -> frozenset[type]:
@@ -144,7 +144,7 @@ class Exhaustive:
             ]
             return torch.cat(masks) if masks else torch.zeros(0, dtype=torch.bool)
 
-        masks = survey.visit(visit)
+        masks = survey.visit(visit, self.needs)
         keep = {}
         for block in survey.blocks:
             own = masks[block.name].split([pool.groups for pool in block.pools])
