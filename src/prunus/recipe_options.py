@@ -64,7 +64,16 @@ def _forget(data: dict[str, Any], given: Mapping[str, Any]) -> None:
     prune = data.get("prune")
     if not isinstance(prune, dict):
         return
-    owners = {"method": ("metric.", "update.", "method.", "score."), "metric": ("metric.",), "update": ("update.",)}
+    if "preset" in given:  # a whole choice: nothing of the file's own stays
+        for name in ("method", "metric", "update", "allocation", "settings"):
+            prune.pop(name, None)
+    elif "method" in given:
+        prune.pop("preset", None)
+    owners = {
+        "method": ("metric.", "update.", "method.", "score.", "ranking."),
+        "metric": ("metric.",),
+        "update": ("update.",),
+    }
     owners |= {"pattern": ("pattern.",), "allocation": ("allocation.",)}
     dropped = tuple(prefix for name, prefixes in owners.items() if name in given for prefix in prefixes)
     if dropped and isinstance(prune.get("settings"), dict):
