@@ -215,9 +215,9 @@ def _blocks(
 
 def _block(job: Job, step: Step, known: Mapping[str, SiteStats], budget: Mapping[str, float]) -> dict[str, Any]:
     """Prune the matrices of one block and run it again; returns its report."""
-    assert isinstance(job.method, Elementwise)
     matrices, idle = [], []
     for slot, matrix in zip(step.block.slots, step.block.matrices(), strict=True):
+        assert isinstance(job.method, Elementwise)
         stats = known[matrix.name]
         if stats.unseen and slot.expert is None:
             idle.append(matrix.name)  # never called with the text: nothing is known about it
