@@ -20,6 +20,7 @@ from prunus.edits import apply
 from prunus.errors import PrunusError
 from prunus.evidence import Evidence, of_inputs
 from prunus.job import Job, check_out, prepare
+from prunus.methods.elementwise import Elementwise
 from prunus.methods.shape import Shape
 from prunus.models.checkpoint import Checkpoint
 from prunus.notes import collecting
@@ -183,6 +184,7 @@ def _budget(job: Job, evidence: Evidence, progress: Progress) -> dict[str, float
         divided = job.allocation.divide(survey, job.sparsity)
         job.processes.on_first(partial(job.work.write, "budget.json", divided))
     # Also for a budget of an earlier call: what rounding has to say about it belongs to the result of this one.
+    assert isinstance(job.method, Elementwise)
     return job.method.pattern.settle(divided, {info.name: info.size for info in survey.sites}, job.sparsity)
 
 
@@ -215,6 +217,7 @@ def _block(job: Job, step: Step, known: Mapping[str, SiteStats], budget: Mapping
     """Prune the matrices of one block and run it again; returns its report."""
     matrices, idle = [], []
     for slot, matrix in zip(step.block.slots, step.block.matrices(), strict=True):
+        assert isinstance(job.method, Elementwise)
         stats = known[matrix.name]
         if stats.unseen and slot.expert is None:
             idle.append(matrix.name)  # never called with the text: nothing is known about it

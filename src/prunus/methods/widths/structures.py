@@ -18,8 +18,15 @@ Structure = Literal["UL-UM", "UL-MM", "AL-MM", "AL-AM", "local"]
 class Part(Protocol):
     """What of a model a method narrows."""
 
-    first: int
-    last: int
+    @property
+    def first(self) -> int:
+        """Blocks at the beginning that are left alone."""
+        ...
+
+    @property
+    def last(self) -> int:
+        """Blocks at the end that are left alone."""
+        ...
 
     @property
     def touches(self) -> tuple[Kind, ...]:
