@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from prunus.methods import METHODS
+from prunus.methods import ELEMENTWISE
 from prunus.methods.catalogue import rows as catalogue
 from prunus.metrics import METRICS
 from prunus.updates import UPDATES
@@ -30,7 +30,7 @@ PROTOCOL = (
 
 def methods() -> str:
     """One row for each method: its parts, paper, needs, and the perplexities measured with it."""
-    rows = [row for row in catalogue() if row["kind"] == "method"]
+    rows = [row for row in catalogue() if row["kind"] == "method" and row["name"] in ELEMENTWISE]
     found = {(row["name"], name): _measured(row["name"], options) for row in rows for name, options in COLUMNS.items()}
     columns = [name for name in COLUMNS if any(found[row["name"], name] for row in rows)]
     lines = [[*_parts(row), *(found[row["name"], name] or "-" for name in columns)] for row in rows]
@@ -108,7 +108,7 @@ def _memory(rows: Sequence[Mapping[str, Any]]) -> str:
 
 
 def _parts(row: Mapping[str, Any]) -> list[str]:
-    method = METHODS[row["name"]]
+    method = ELEMENTWISE[row["name"]]
     metric = next(name for name, part in METRICS.items() if part == method.metric)
     update = next(name for name, part in UPDATES.items() if part == method.update)
     link = f"[{row['name']}](docs/methods/{row['name']}.md)"

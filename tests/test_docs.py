@@ -61,7 +61,9 @@ def test_the_file_map_of_the_readme_names_what_exists() -> None:
 
 def test_every_method_and_allocation_has_a_page() -> None:
     from prunus.allocations import ALLOCATIONS
-    from prunus.methods import METHODS
+    from prunus.methods import ELEMENTWISE, SHAPES
 
-    assert {page.stem for page in (ROOT / "docs" / "methods").glob("*.md")} == set(METHODS)
+    assert {page.stem for page in (ROOT / "docs" / "methods").glob("*.md")} == set(ELEMENTWISE)
+    shapes = (ROOT / "docs" / "widths-and-depth.md").read_text("utf-8")
+    assert set(re.findall(r"^### (\S+)$", shapes, re.MULTILINE)) == set(SHAPES)
     assert {page.stem for page in (ROOT / "docs" / "allocations").glob("*.md")} == set(ALLOCATIONS)

@@ -45,6 +45,9 @@ class Options(TypedDict, total=False):
 
     method: str
     sparsity: float
+    params: str
+    size: str
+    round_to: int
     pattern: str
     allocation: str
     metric: str

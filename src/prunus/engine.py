@@ -21,6 +21,7 @@ from prunus.errors import PrunusError
 from prunus.evaluation import guard
 from prunus.evidence import Evidence, of_inputs
 from prunus.job import Job, check_out, prepare
+from prunus.methods.elementwise import Elementwise
 from prunus.methods.shape import Shape
 from prunus.models.checkpoint import Checkpoint
 from prunus.notes import collecting
@@ -185,12 +186,11 @@ def _budget(job: Job, evidence: Evidence, progress: Progress) -> dict[str, float
     divided = job.processes.agree(job.work.read("budget.json"))
     survey = Survey(job.stream, job.batches, job.work, progress, evidence)
     if divided is None:
-        divided = job.allocation.divide(survey, job.recipe.prune.sparsity)
+        divided = job.allocation.divide(survey, job.sparsity)
         job.processes.on_first(partial(job.work.write, "budget.json", divided))
     # Also for a budget of an earlier call: what rounding has to say about it belongs to the result of this one.
-    return job.method.pattern.settle(
-        divided, {info.name: info.size for info in survey.sites}, job.recipe.prune.sparsity
-    )
+    assert isinstance(job.method, Elementwise)
+    return job.method.pattern.settle(divided, {info.name: info.size for info in survey.sites}, job.sparsity)
 
 
 def _blocks(
@@ -224,6 +224,7 @@ def _block(
     """Prune the matrices of one block and run it again; returns its report, and orders of columns by parameter."""
     matrices, idle, orders = [], [], {}
     for slot, matrix in zip(step.block.slots, step.block.matrices(), strict=True):
+        assert isinstance(job.method, Elementwise)
         stats = known[matrix.name]
         if stats.unseen and slot.expert is None:
             idle.append(matrix.name)  # never called with the text: nothing is known about it
@@ -280,7 +281,7 @@ def _result(job: Job, reports: list[dict[str, Any]], clock: Clock) -> dict[str, 
         "update": part.update,
         "pattern": part.pattern,
         "allocation": part.allocation,
-        "sparsity": {"wanted": part.sparsity, "reached": zeros / size, "model": zeros / job.parameters},
+        "sparsity": {"wanted": job.sparsity, "reached": zeros / size, "model": zeros / job.parameters},
         "blocks": reports,
         "resumed_blocks": job.resumed,
         "sites": len(matrices),

@@ -21,6 +21,7 @@ from transformers import PreTrainedModel
 
 from prunus import __version__, memory
 from prunus.allocations import Allocation
+from prunus.budget import share
 from prunus.data.calibration import Calibration, calibrate
 from prunus.data.tokens import folder_positions
 from prunus.distributed import Processes, local_device
@@ -64,6 +65,7 @@ class Job:
         device: where blocks are computed.
         predicted: the terms of the peak memory, bytes.
         processes: this process among its peers.
+        sparsity: share of the weights of all blocks' matrices to remove.
         parameters: number of the dense model's weights, tied ones once.
         warnings: what the user should know.
         resumed: number of blocks that an earlier call had finished.
@@ -82,6 +84,7 @@ class Job:
     device: torch.device
     predicted: dict[str, int]
     processes: Processes
+    sparsity: float
     parameters: int
     warnings: list[str]
     resumed: int = 0
@@ -196,7 +199,9 @@ def prepare(recipe: Recipe, out: Path, *, overwrite: bool, processes: Processes,
     needs = method.needs | allocation.needs
     alone = bool(of_gradients(needs))
     batches = _batches(calibration, processes, alone)
-    stream = Stream(model, Weights(model, checkpoint, device), blocks, processes)
+    weights = Weights(model, checkpoint, device)
+    sparsity = share(recipe.prune, method, weights, blocks)
+    stream = Stream(model, weights, blocks, processes)
     warnings.extend(
         f"{name} ({size:,} weights) is not linear in a way that prunus knows and stays dense."
         for name, size in _summary(uncovered(blocks))
@@ -212,7 +217,7 @@ def prepare(recipe: Recipe, out: Path, *, overwrite: bool, processes: Processes,
     )
     return Job(
         recipe, out, overwrite, work, checkpoint, stream, method, allocation, calibration, batches, device, predicted,
-        processes, parameter_count(model), warnings,
+        processes, sparsity, parameter_count(model), warnings,
     )  # fmt: skip
 
 

@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 
 from prunus import memory
 from prunus.allocations import Allocation, Survey
+from prunus.budget import share
 from prunus.data.calibration import LENGTH, SAMPLES, check
 from prunus.data.reading import on_hub
 from prunus.data.tokens import folder_positions, head_token, load_tokenizer
@@ -26,6 +27,7 @@ from prunus.models.checkpoint import Checkpoint
 from prunus.models.discover import find_blocks, uncovered
 from prunus.models.skeleton import parameter_count, skeleton
 from prunus.models.source import locate
+from prunus.models.weights import Weights
 from prunus.notes import collecting
 from prunus.recipe import Recipe
 from prunus.sites import Block, SiteInfo
@@ -69,6 +71,7 @@ def _plan(recipe: Recipe, notes: list[str]) -> dict[str, Any]:
     checkpoint = Checkpoint.open(folder)
     model = skeleton(folder, dtype_of(recipe.dtype, device, checkpoint), recipe.trust_remote_code)
     blocks = sites_of(recipe, model, method)
+    sparsity = share(recipe.prune, method, Weights(model, checkpoint, device), blocks)
     sites = [info for block in blocks for info in block.infos]
     parameters = parameter_count(model)
     calibration = _calibration(recipe, folder, model)
@@ -80,10 +83,10 @@ def _plan(recipe: Recipe, notes: list[str]) -> dict[str, Any]:
     return {
         "model": recipe.model,
         **{name: getattr(recipe.prune, name) for name in ("method", "metric", "update", "pattern", "allocation")},
-        "sparsity": {"wanted": recipe.prune.sparsity},
+        "sparsity": {"wanted": sparsity},
         "parameters": parameters,
         "sites": {"count": len(sites), "parameters": size, "share": size / parameters},
-        **_budget(blocks, method, allocation, recipe.prune.sparsity),
+        **_budget(blocks, method, allocation, sparsity),
         "left_alone": _left_alone(model, blocks, recipe),
         "calibration": calibration,
         "memory": _memory(model, blocks, checkpoint, needs, tokens, calibration["length"] if calibration else 0),

@@ -146,6 +146,15 @@ class PrunePart(_Part):
     sparsity: Share = Field(
         default=0.5, ge=0, lt=1, allow_inf_nan=False, description="share of the weights to remove; N:M fixes it"
     )
+    params: str | None = Field(
+        default=None, description="parameters that the result shall have, such as 100M, instead of a sparsity"
+    )
+    size: str | None = Field(
+        default=None, description="bytes of weights that the result shall have, such as 80MB, instead of a sparsity"
+    )
+    round_to: Annotated[int | None, BeforeValidator(_number)] = Field(
+        default=None, ge=1, description="keep neurons in multiples of this, which kernels like"
+    )
     allocation: Annotated[Name, WithJsonSchema({"anyOf": [{"type": "string"}, {"type": "object"}]})] = Field(
         default="uniform", description="divides the sparsity over the blocks; a name, or {name: owl, span: 0.08}"
     )
@@ -334,7 +343,7 @@ class Recipe(_Part):
             update=prune.update,
             pattern=prune.pattern,
             allocation=prune.allocation,
-            settings=dict(prune.settings),
+            settings=dict(prune.settings) | ({} if prune.round_to is None else {"method.round_to": prune.round_to}),
             compat=prune.compat,
         )
 

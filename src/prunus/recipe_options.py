@@ -79,6 +79,7 @@ def _forget(data: dict[str, Any], given: Mapping[str, Any]) -> None:
     owners = {"method": ("metric.", "update.", "method.", "score."), "metric": ("metric.",), "update": ("update.",)}
     owners |= {"pattern": ("pattern.",), "allocation": ("allocation.",)}
     dropped = tuple(prefix for name, prefixes in owners.items() if name in given for prefix in prefixes)
+    dropped += ("ranking.",) if "method" in given else ()
     if dropped and isinstance(prune.get("settings"), dict):
         prune["settings"] = {key: value for key, value in prune["settings"].items() if not key.startswith(dropped)}
     if "pattern" in given and "sparsity" not in given and re.fullmatch(r"[\d\s]+:[\d\s]+", str(given["pattern"])):

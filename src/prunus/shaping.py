@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -16,12 +17,13 @@ from prunus.evidence import Evidence, of_inputs
 from prunus.job import Job
 from prunus.methods.shape import Plan, Shape
 from prunus.models.checkpoint import Checkpoint
+from prunus.models.pool import attach_pools, check_keep, close, fewer, per_expert
 from prunus.models.weights import Cut
 from prunus.models.widths_of import NARROWED, attach_widths, difference
 from prunus.output import Output
 from prunus.progress import Progress
 from prunus.ranges import ranges, read_ranges
-from prunus.sites import Block, SiteInfo, Width
+from prunus.sites import Block, Pool, SiteInfo, Width
 from prunus.stream import Step
 from prunus.survey import Survey
 
@@ -34,9 +36,14 @@ def decide(job: Job, method: Shape, output: Output, evidence: Evidence, progress
         RecipeError: the sparsity cannot be reached.
     """
     if method.touches:
-        job.warnings.extend(attach_widths(job.stream, job.probe, method.touches))
+        if "experts" in method.touches:
+            # Dense blocks show what a block returns, before those of an earlier call are narrowed.
+            job.stream.calls([job.probe])
+            attach_pools(job.stream.blocks)
+        else:
+            job.warnings.extend(attach_widths(job.stream, job.probe, method.touches))
     survey = Survey(job.stream, job.batches, job.work, progress, evidence)
-    plan = method.plan(survey, job.recipe.prune.sparsity)
+    plan = method.plan(survey, job.sparsity)
     job.stream.dropped = plan.dropped
     output.leave_out(plan.dropped)
     return plan
@@ -87,8 +94,11 @@ def restore(block: Block, report: Mapping[str, Any]) -> None:
         rows = slot.info.shape[0]
         slot.module.bias = nn.Parameter(torch.empty(rows, device="meta"), requires_grad=False)
     for name, kept in report["kept"].items():
-        width = next(width for width in block.widths if width.name == name)
-        narrow(block, width, read_ranges(kept, width.groups))
+        site = _site(block, name)
+        if isinstance(site, Pool):
+            fewer(block, site, read_ranges(kept, site.groups))
+        else:
+            narrow(block, site, read_ranges(kept, site.groups))
 
 
 @torch.no_grad()
@@ -122,14 +132,22 @@ def _cut(job: Job, block: Block, edits: list[Narrow]) -> float:
     probe = job.probe
     assert probe.hidden is not None
     inputs = probe.hidden.to(job.device)
-    widths: dict[str, Width] = {width.name: width for width in block.widths}
     stored = job.stream.weights.dtype
     for edit in edits:
-        revalue(block, edit, stored)
-        blank(block, widths[edit.name], edit.keep)
+        site = _site(block, edit.name)
+        if isinstance(site, Pool):
+            check_keep(site, edit.keep)
+            close(block, site, edit.keep)
+        else:
+            revalue(block, edit, stored)
+            blank(block, site, edit.keep)
     masked = probe.calls[block.name](block.module, inputs)
     for edit in edits:
-        narrow(block, widths[edit.name], edit.keep)
+        site = _site(block, edit.name)
+        if isinstance(site, Pool):
+            fewer(block, site, edit.keep)
+        else:
+            narrow(block, site, edit.keep)
     worst = difference(probe.calls[block.name](block.module, inputs), masked)
     if not worst <= NARROWED[masked.dtype]:
         raise ModelError(
@@ -149,7 +167,13 @@ def _changed(block: Block, edits: list[Narrow]) -> tuple[set[str], dict[str, lis
         cuts.setdefault(parameter, []).append((axis, kept.nonzero().flatten()))
 
     for edit in edits:
-        width = next(width for width in block.widths if width.name == edit.name)
+        width = _site(block, edit.name)
+        if isinstance(width, Pool):
+            # Already cut, so the tensors have one entry for each expert that stays.
+            after = replace(width, groups=int(edit.keep.sum()))
+            for parameter, _, _ in per_expert(block, after):
+                note(parameter, 0, edit.keep)
+            continue
         for rows, members in ((True, width.rows), (False, width.columns)):
             for member in members:
                 slot, kept = block.slot(member.matrix), member.kept(edit.keep)
@@ -158,6 +182,11 @@ def _changed(block: Block, edits: list[Narrow]) -> tuple[set[str], dict[str, lis
                     bias = f"{slot.parameter.rpartition('.')[0]}.bias"
                     note(bias, 0, kept) if rows else changed.add(bias)
     return changed, cuts
+
+
+def _site(block: Block, name: str) -> Width | Pool:
+    """What an edit of this name narrows."""
+    return next(site for site in (*block.widths, *block.pools) if site.name == name)
 
 
 def _gone(name: str, infos: list[SiteInfo]) -> dict[str, Any]:

@@ -9,7 +9,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-Kind = Literal["heads", "neurons"]
+Kind = Literal["heads", "neurons", "experts"]
 
 
 @dataclass(frozen=True)
@@ -142,6 +142,38 @@ class Width:
         return [member.matrix for member in (*self.rows, *self.columns)]
 
 
+@dataclass(frozen=True, eq=False)
+class Pool:
+    """The experts of a block, of which some can go with their rows of the router.
+
+    Attributes:
+        name: dotted path of the module that stacks them.
+        block: dotted path of its block.
+        groups: how many there are.
+        router: dotted path of the module that chooses among them.
+        chosen: how many it picks for a token.
+        spans: groups of equal size that it chooses among first; 1: none.
+        opened: how many of those groups it then chooses experts from.
+        weights: int64 `[groups]`, how many weights of matrices each expert holds.
+        kind: `experts`.
+    """
+
+    name: str
+    block: str
+    groups: int
+    router: str
+    chosen: int
+    spans: int
+    opened: int
+    weights: Tensor
+    kind: Kind = "experts"
+
+    @property
+    def least(self) -> int:
+        """Experts that must stay: as many as the router picks from the groups it opens, in groups of one size."""
+        return -(-self.chosen // self.opened) * self.spans
+
+
 @dataclass(frozen=True)
 class BlockSite:
     """A whole block that can go.
@@ -167,6 +199,7 @@ class Block:
         slots: where its prunable matrices lie, in module order.
         ignored: parameters of matrices that were left out on purpose.
         widths: groups of channels in it, where a method asked for them.
+        pools: its mixtures of experts, where a method asked for them.
     """
 
     name: str
@@ -176,6 +209,7 @@ class Block:
     slots: list[Slot] = field(default_factory=list)
     ignored: set[str] = field(default_factory=set)
     widths: list[Width] = field(default_factory=list)
+    pools: list[Pool] = field(default_factory=list)
 
     @property
     def infos(self) -> list[SiteInfo]:

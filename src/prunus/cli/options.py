@@ -60,6 +60,16 @@ RECIPE: dict[str, OptionInfo] = {
         WHAT,
         "Share of the blocks' weights to remove, at least 0 and below 1. Default: 0.5, or what an N:M pattern fixes.",
     ),
+    "params": option(
+        "--params COUNT",
+        WHAT,
+        "Parameters that the result shall have, such as 100M, instead of a sparsity; for methods that make tensors "
+        "smaller.",
+    ),
+    "size": option("--size BYTES", WHAT, "Bytes of weights that the result shall have, such as 80MB, likewise."),
+    "round_to": option(
+        "--round-to N", WHAT, "Keep neurons in multiples of N, such as 32, which kernels like. Default: 1."
+    ),
     "pattern": option(
         "--pattern PATTERN",
         WHAT,

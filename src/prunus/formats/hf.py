@@ -79,7 +79,7 @@ def _describe(shapes: Shapes, out: Path, portable: bool) -> list[str]:
     reason = "blocks differ in their widths"
     if shapes.uniform:
         try:
-            stock = find_stock(shapes, shapes.fits[0].widths)
+            stock = find_stock(shapes, shapes.common or {})
             write_config(out, stock.config)
             add_zeros(out, shapes, stock)
             return _notes(stock)

@@ -5,6 +5,8 @@ from __future__ import annotations
 from prunus.methods.depth.depth import Depth
 from prunus.methods.depth.rankings import Angular, BlockInfluence, Greedy, SingleLoss, Taylor, Top
 from prunus.methods.elementwise import Elementwise
+from prunus.methods.experts.pruning import Exhaustive, Ranked
+from prunus.methods.experts.scores import Frequency, OutputNorm, RouterWeighted
 from prunus.methods.shape import Shape
 from prunus.methods.widths.scores import ColumnNorm, Fluctuation, WandaMean
 from prunus.methods.widths.structured import Structured
@@ -44,7 +46,14 @@ DEPTH: dict[str, Depth] = {
 
 SURGEON = Surgeon(paper="after Kurtic et al. 2023, arXiv:2302.04089")
 
-SHAPES: dict[str, Shape] = {**WIDTHS, "obs-sp": SURGEON, **DEPTH}
+EXPERTS: dict[str, Shape] = {
+    "reap": Ranked(RouterWeighted(), paper="Lasby et al. 2025, arXiv:2510.13999"),
+    "frequency": Ranked(Frequency(), paper="Lasby et al. 2025, arXiv:2510.13999 (baseline)"),
+    "output-norm": Ranked(OutputNorm(), paper="Lasby et al. 2025, arXiv:2510.13999 (baseline)"),
+    "naee": Exhaustive(paper="Lu et al. 2024, arXiv:2402.14800"),
+}
+
+SHAPES: dict[str, Shape] = {**WIDTHS, "obs-sp": SURGEON, **DEPTH, **EXPERTS}
 
 METHODS: dict[str, Elementwise | Shape] = {**ELEMENTWISE, **SHAPES}
 

@@ -18,6 +18,8 @@ from prunus.updates import UPDATES
 Setting = str | float | int | bool
 Part = TypeVar("Part")
 _AXES = ("metric", "pattern", "update", "allocation")
+# Fields of methods that are no settings.
+_PARTS = ("paper", "score", "ranking")
 
 
 def compose(
@@ -56,6 +58,8 @@ def compose(
         "update": base.update if update is None else _look_up("update", update, UPDATES),
         "allocation": _look_up("allocation", allocation, ALLOCATIONS),
     }
+    if "method.round_to" in (settings or {}):
+        raise RecipeError(f"--round-to is about tensors that get smaller, and {method} only sets weights to zero.")
     wanted = _by_axis(settings or {})
     if compat != "exact":
         _ask(compat, wanted, parts)
@@ -85,7 +89,7 @@ def _refuse_axes(method: str, **given: str | None) -> None:
 
 def shaped(base: Shape, settings: Mapping[str, Setting], compat: str) -> Shape:
     """A method that makes shapes smaller, with its settings: `method.field`, `score.field`, `ranking.field`."""
-    axes = ("method", *(axis for axis in ("score", "ranking") if axis in _names(base)))
+    axes = ("method", *(axis for axis in ("score", "ranking") if hasattr(base, axis)))
     wanted = _by_axis(settings, axes)
     parts = {axis: base if axis == "method" else getattr(base, axis) for axis in axes}
     if compat != "exact":
@@ -107,7 +111,7 @@ def _by_axis(settings: Mapping[str, Setting], axes: tuple[str, ...] = _AXES) -> 
 
 
 def _names(part: Any) -> list[str]:
-    return [item.name for item in fields(part)]
+    return [item.name for item in fields(part) if item.name not in _PARTS]
 
 
 def _shared(wanted: Mapping[str, Mapping[str, Setting]], parts: Mapping[str, Any]) -> dict[str, dict[str, Setting]]:

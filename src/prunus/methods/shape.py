@@ -61,13 +61,12 @@ class Blocks(Protocol):
 
 @runtime_checkable
 class Shape(Protocol):
-    """A method that removes whole groups of channels, or whole blocks. A frozen dataclass.
+    """A method that removes whole groups of channels, or whole blocks. A frozen dataclass."""
 
-    Attributes:
-        paper: where it was published.
-    """
-
-    paper: str
+    @property
+    def paper(self) -> str:
+        """Where it was published."""
+        ...
 
     @property
     def touches(self) -> tuple[Kind, ...]:

@@ -60,4 +60,5 @@ def fit(model: PreTrainedModel, checkpoint: Checkpoint) -> None:
         if attribute == "weight" and isinstance(module, nn.Linear):
             module.out_features, module.in_features = shape
         elif attribute == "weight" and hasattr(module, "nf"):
-            module.nx, module.nf = shape
+            for size, value in zip(("nx", "nf"), shape, strict=True):
+                setattr(module, size, value)

@@ -24,6 +24,11 @@ import logging
 import torch
 from torch import nn
 from transformers import {config}, {base}
+from transformers.conversion_mapping import get_checkpoint_conversion_mapping, register_checkpoint_conversion_mapping
+
+# Tensors on disk are named and split as those of {kind}.
+if mapping := get_checkpoint_conversion_mapping("{kind}"):
+    register_checkpoint_conversion_mapping("{prefix}{kind}", mapping, overwrite=True)
 
 # Global sizes are read while the whole is built, before its blocks get their own; there is nothing to warn of.
 logging.getLogger("transformers.integrations.heterogeneity.configuration_utils").setLevel(logging.ERROR)

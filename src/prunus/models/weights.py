@@ -133,11 +133,14 @@ class Weights:
                     f"{prefix}: transformers' conversion gives {name}, which the checkpoint does not hold."
                 )
         # What was changed in the dtype on disk need not be read again.
-        kept = [name for name in self.sources(prefix) if name not in new]
+        kept = [name for name in self.sources(prefix) if name not in new and not self._fewer(name, cuts)]
         known = self.checkpoint.tensors
         narrowed = [name for name, value in new.items() if name in known and value.dtype != known[name].dtype]
         tensors = {**dict(self.checkpoint.read(kept)), **{name: value.cpu() for name, value in new.items()}}
         for name, stored in self.checkpoint.read(narrowed):
+            if self._fewer(name, cuts):
+                tensors[name] = tensors[name].to(stored.dtype)  # an expert that stays, as it was
+                continue
             for axis, index in cut.get(name, ()):
                 stored = stored.index_select(axis, index.cpu())
             tensors[name] = _stored_or_new(stored, tensors[name])
@@ -164,6 +167,10 @@ class Weights:
                 raise ModelError(f"{name}: is converted while loading, so that it cannot be changed outside of blocks.")
             tensors[name] = _stored_or_new(tensors[name], state[self.targets[name][0]].cpu()).contiguous()
         return tensors
+
+    def _fewer(self, name: str, cuts: Mapping[str, Sequence[Cut]] | None) -> bool:
+        """Whether a tensor on disk is of an expert whose stack is smaller now: those that stay are numbered anew."""
+        return bool(cuts) and name in self.converted and any(target in cuts for target in self.targets[name])
 
     def check_reversible(self, prefix: str) -> None:
         """See that a freshly loaded block, converted back, is what was read.

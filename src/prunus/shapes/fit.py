@@ -21,7 +21,7 @@ from prunus.errors import FormatError
 
 # Keys by which configurations set the widths of a block, the common names first.
 WIDTHS = (
-    *("num_attention_heads", "num_key_value_heads", "intermediate_size", "n_inner", "ffn_dim"),
+    *("num_attention_heads", "num_key_value_heads", "intermediate_size", "n_inner", "ffn_dim", "n_head"),
     *("num_local_experts", "num_experts", "n_routed_experts", "moe_intermediate_size"),
     *("shared_expert_intermediate_size",),
 )
@@ -64,20 +64,22 @@ class Fitter:
             self.config.head_dim = sizes.pop()
         self._known: dict[tuple, BlockFit] = {}
 
-    def __call__(self, name: str, index: int, tensors: Mapping[str, Shape]) -> BlockFit:
+    def __call__(self, name: str, index: int, tensors: Mapping[str, Shape], experts: Mapping[str, int]) -> BlockFit:
         """The sizes of one block.
 
         Args:
             name: of the block, for complaints.
             index: its position, which decides about kinds of attention.
             tensors: name relative to the block -> shape.
+            experts: tensor that transformers stacks while loading, relative to the block -> how many experts lie on
+                disk.
 
         Raises:
             FormatError: no widths of the configuration explain the shapes.
         """
-        key = (self._type(index), tuple(sorted(tensors.items())))
+        key = (self._type(index), tuple(sorted(tensors.items())), tuple(sorted(experts.items())))
         if key not in self._known:
-            self._known[key] = self._search(name, index, tensors)
+            self._known[key] = self._search(name, index, tensors, experts)
         return self._known[key]
 
     def shapes(self, index: int, widths: Mapping[str, Any]) -> dict[str, Shape]:
@@ -104,16 +106,15 @@ class Fitter:
         kinds = getattr(self.config, "layer_types", None)
         return kinds[index] if kinds else None
 
-    def _search(self, name: str, index: int, tensors: Mapping[str, Shape]) -> BlockFit:
+    def _search(self, name: str, index: int, tensors: Mapping[str, Shape], experts: Mapping[str, int]) -> BlockFit:
         dense = self.shapes(index, {})
         known, biases, ranks = _apart(tensors, dense)
         for widths in self._trials(dense, known):
             shapes = self.shapes(index, widths)
-            if (
-                shapes
-                and all(shapes.get(tensor) == shape for tensor, shape in known.items())
-                and (set(shapes) - set(known) <= {f"{module}.weight" for module in ranks})
-            ):
+            whole = all(stack in shapes and shapes[stack][0] == count for stack, count in experts.items())
+            elsewhere = {*experts, *(f"{module}.weight" for module in ranks)}
+            same = all(shapes.get(tensor) == shape for tensor, shape in known.items())
+            if shapes and whole and same and set(shapes) - set(known) <= elsewhere:
                 return BlockFit(widths, biases, ranks)
         odd = next((tensor for tensor, shape in known.items() if dense.get(tensor) != shape), next(iter(known), ""))
         raise FormatError(
@@ -133,7 +134,7 @@ class Fitter:
         options = []
         for key in WIDTHS:
             value = getattr(self.config, key, MISSING)
-            if value is MISSING or not isinstance(value, int | None):
+            if value is MISSING or not isinstance(value, int | None) or key in self.config.attribute_map:
                 continue
             if value is None:
                 values = {after for _, after in pairs}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,8 @@ from prunus.models.skeleton import skeleton_of
 from prunus.models.source import read_config
 from prunus.models.weights import disk_targets
 from prunus.shapes.fit import BlockFit, Fitter
+
+EXPERT = re.compile(r"\.experts\.(\d+)\.")
 
 
 @dataclass(frozen=True)
@@ -44,9 +47,22 @@ class Shapes:
     fitter: Fitter
 
     @property
+    def common(self) -> dict[str, int] | None:
+        """Widths that describe all blocks at once (a key may mean nothing to some of them); None if there are none."""
+        union: dict[str, int] = {}
+        for fit in self.fits:
+            if any(union.get(key, value) != value for key, value in fit.widths.items()):
+                return None
+            union |= fit.widths
+        for index, fit in enumerate(self.fits):
+            if dict(fit.widths) != union and self.fitter.shapes(index, fit.widths) != self.fitter.shapes(index, union):
+                return None
+        return union
+
+    @property
     def uniform(self) -> bool:
-        """True if one configuration without further keys describes all blocks but for their biases."""
-        return all(dict(fit.widths) == dict(self.fits[0].widths) for fit in self.fits)
+        """True if one configuration describes all blocks but for their biases."""
+        return self.common is not None
 
     @property
     def plain(self) -> bool:
@@ -95,17 +111,26 @@ def read_shapes(folder: Path) -> Shapes:
         raise ModelError(f"{folder} has {len(towers)} lists of blocks; widths of such models cannot be recorded yet.")
     fitter = Fitter(type(blocks[0].module), config)
     checkpoint = Checkpoint.open(folder)
-    disk = _names(model, checkpoint)
+    disk, stacks = _names(model, checkpoint)
     tensors = {name: checkpoint.tensors[stored].shape for name, stored in disk.items()}
     fits = []
     for block in blocks:
         prefix = f"{block.name}."
         own = {name.removeprefix(prefix): shape for name, shape in tensors.items() if name.startswith(prefix)}
-        fits.append(fitter(block.name, block.index, own))
+        experts = {name.removeprefix(prefix): count for name, count in stacks.items() if name.startswith(prefix)}
+        fits.append(fitter(block.name, block.index, own, experts))
     return Shapes(folder, written, config, model, blocks[0].tower, fits, disk, fitter)
 
 
-def _names(model: PreTrainedModel, checkpoint: Checkpoint) -> dict[str, str]:
-    """The model's own names -> the names on disk."""
-    names, _ = disk_targets(model, checkpoint.tensors, get_model_conversion_mapping(model))
-    return {targets[0]: name for name, targets in names.items()}
+def _names(model: PreTrainedModel, checkpoint: Checkpoint) -> tuple[dict[str, str], dict[str, int]]:
+    """The model's own names -> the names on disk; and stacks of experts that lie there one by one -> how many."""
+    names, converted = disk_targets(model, checkpoint.tensors, get_model_conversion_mapping(model))
+    plain = {targets[0]: name for name, targets in names.items() if name not in converted}
+    stacks: dict[str, int] = {}
+    for name in converted:
+        number = EXPERT.search(name)
+        if number is None:
+            raise ModelError(f"{name}: transformers converts it while loading in a way that widths are not read from.")
+        for target in names[name]:
+            stacks[target] = max(stacks.get(target, 0), int(number[1]) + 1)
+    return plain, stacks

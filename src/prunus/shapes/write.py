@@ -40,7 +40,7 @@ def settle(folder: Path) -> dict[str, Any]:
     try:
         if not shapes.uniform:
             raise FormatError("blocks differ in their widths")
-        stock = find_stock(shapes, shapes.fits[0].widths)
+        stock = find_stock(shapes, shapes.common or {})
     except FormatError as reason:
         config = own_class(shapes)
         write_config(folder, config)

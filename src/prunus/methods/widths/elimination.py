@@ -17,25 +17,24 @@ class Elimination:
 
     Attributes:
         order: int64, groups, the first to go first.
-        losses: float64, for each of them its part in the growth of the output error Σ_i row_i·‖ΔW_i·X‖².
+        losses: float64, for each of them its part in the growth of the output error ‖ΔW·X‖².
     """
 
     order: Tensor
     losses: Tensor
 
 
-def eliminate(weight: Tensor, hessian: Tensor, groups: Tensor, rows: Tensor, count: int, rounds: int) -> Elimination:
+def eliminate(weight: Tensor, hessian: Tensor, groups: Tensor, count: int, rounds: int) -> Elimination:
     """Remove groups of columns, always those that cost least with all other columns refitted.
 
     Args:
         weight: `[out, in]`.
         hessian: of its inputs, damped, positive definite, `[in, in]`.
         groups: int64 `[in]`, the group of each column; -1 stays in any case.
-        rows: `[out]`, what the squared error of each output counts.
         count: how many groups to remove.
         rounds: into how many rounds the removal of all groups would be cut; groups of one round are scored together.
     """
-    weight = weight.double() * rows.double().sqrt()[:, None]
+    weight = weight.double()
     inverse = torch.cholesky_inverse(torch.linalg.cholesky(hessian.double()))
     left = torch.arange(len(groups), device=weight.device)
     total = int(groups.max()) + 1

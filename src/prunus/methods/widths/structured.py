@@ -21,6 +21,7 @@ from prunus.methods.widths.structures import (
     grouped,
     highest,
     reachable,
+    to_multiple,
     uniform,
     uniform_counts,
 )
@@ -45,6 +46,7 @@ class Structured:
         heads: with an MM structure, how many groups of heads go in the whole model; 0 for none.
         first: blocks at the beginning that are left alone, at least 0.
         last: blocks at the end that are left alone, at least 0.
+        round_to: neurons that stay, in multiples of this, at least 1; the share that this reaches is reported.
         compat: `reference`: the published code's counts, which miss the asked share by a little or a lot.
         paper: where it was published.
     """
@@ -57,6 +59,7 @@ class Structured:
     heads: int = 0
     first: int = 0
     last: int = 0
+    round_to: int = 1
     compat: Literal["exact", "reference"] = "exact"
     paper: str = ""
 
@@ -69,6 +72,8 @@ class Structured:
         for name in ("heads", "first", "last"):
             if getattr(self, name) < 0:
                 raise RecipeError(f"method.{name} is {getattr(self, name)}; it must be at least 0.")
+        if self.round_to < 1:
+            raise RecipeError(f"method.round_to is {self.round_to}; it must be at least 1.")
         if self.heads and not self.structure.endswith("MM"):
             raise RecipeError(f"method.heads means something to UL-MM and AL-MM only, not to {self.structure}.")
 
@@ -104,14 +109,18 @@ class Structured:
         if self.heads:
             check_heads(widths, self.heads)
         counts = uniform_counts(widths, target, share, self.heads, self.structure, self.compat) if alike else {}
+        counts = {name: self._rounded(widths, name, count) for name, count in counts.items()}
         if alike and self.sequential:
             return Plan(count=counts)
         found = self._survey(survey, {width.name for width in widths})
         scores = {name: grouped(values[0], self._named(widths, name), self.structure) for name, values in found.items()}
         heads = self.heads if self.structure == "AL-MM" else None
         keep = uniform(widths, scores, counts) if alike else adaptive(widths, scores, target, heads, self.compat)
+        kept = {name: self._rounded(widths, name, int(mask.sum())) for name, mask in keep.items()}
         if self.sequential:
-            return Plan(count={name: int(mask.sum()) for name, mask in keep.items()})
+            return Plan(count=kept)
+        if self.round_to > 1:
+            keep = uniform(widths, scores, kept)
         return Plan(keep=keep, facts={name: values[1] for name, values in found.items()})
 
     def narrow(self, block: Block, stats: Mapping[str, SiteStats], plan: Plan) -> list[Narrow]:
@@ -134,6 +143,9 @@ class Structured:
     def _widths(self, survey: Blocks) -> list[Width]:
         chosen = survey.blocks[self.first : len(survey.blocks) - self.last]
         return [width for block in chosen for width in block.widths]
+
+    def _rounded(self, widths: list[Width], name: str, count: int) -> int:
+        return to_multiple(self._named(widths, name), count, self.round_to)
 
     def _named(self, widths: list[Width], name: str) -> Width:
         return next(width for width in widths if width.name == name)

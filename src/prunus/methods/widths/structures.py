@@ -18,8 +18,15 @@ Structure = Literal["UL-UM", "UL-MM", "AL-MM", "AL-AM", "local"]
 class Part(Protocol):
     """What of a model a method narrows."""
 
-    first: int
-    last: int
+    @property
+    def first(self) -> int:
+        """Blocks at the beginning that are left alone."""
+        ...
+
+    @property
+    def last(self) -> int:
+        """Blocks at the end that are left alone."""
+        ...
 
     @property
     def touches(self) -> tuple[Kind, ...]:
@@ -64,6 +71,13 @@ def grouped(channels: Tensor, width: Width, structure: Structure) -> Tensor:
     standard = (channels - channels.mean()) / deviation if deviation > 0 else torch.zeros_like(channels)
     count = member.of_groups(torch.ones_like(channels), width.groups)
     return member.of_groups(standard, width.groups) / count.clamp(min=1)
+
+
+def to_multiple(width: Width, count: int, step: int) -> int:
+    """The nearest number of neurons that kernels like, at least one step; heads, and widths left whole, stay."""
+    if width.kind != "neurons" or count == width.groups or width.groups < step:
+        return count
+    return max(step, min(step * round(count / step), width.groups // step * step))
 
 
 def highest(scores: Tensor, count: int) -> Tensor:
@@ -168,11 +182,21 @@ def _pooled(widths: Sequence[Width], scores: Mapping[str, Tensor], target: int, 
     else:
         # Those that must stay come first.
         order = torch.where(safe, torch.inf, values).argsort(descending=True, stable=True)
-        fits = costs[order].cumsum(0) <= total - target
         keep = safe.clone()
-        keep[order[fits]] = True
+        keep[_fitting(order, costs, total - target)] = True
     parts = keep.split([width.groups for width in widths])
     return {width.name: part for width, part in zip(widths, parts, strict=True)}
+
+
+def _fitting(order: Tensor, costs: Tensor, room: int) -> Tensor:
+    """Groups that stay: in this order as long as they fit, and behind the first that does not, those that still do."""
+    prices = costs[order].tolist()
+    kept = []
+    for group, price in zip(order.tolist(), prices, strict=True):
+        if price <= room:
+            kept.append(group)
+            room -= price
+    return torch.tensor(kept, dtype=torch.int64)
 
 
 def _drop_lowest(widths: Sequence[Width], scores: Mapping[str, Tensor], gone: int) -> dict[str, Tensor]:

@@ -1,0 +1,86 @@
+"""Budgets that people think in: parameters or bytes of the result, as a share of the blocks' weights to remove."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from prunus.errors import RecipeError
+from prunus.methods.shape import Shape
+from prunus.models.skeleton import parameter_count
+from prunus.models.weights import Weights
+from prunus.sites import Block
+
+if TYPE_CHECKING:
+    from prunus.recipe import PrunePart
+
+_UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "B": 10**9}
+_FORMS = {
+    "--params": (re.compile(r"\s*(\d+(?:\.\d+)?)\s*([KMB]?)\s*", re.IGNORECASE), "100M or 1.2B"),
+    "--size": (re.compile(r"\s*(\d+(?:\.\d+)?)\s*([KMG]?)B?\s*", re.IGNORECASE), "80MB or 1.5GB"),
+}
+
+
+def share(part: PrunePart, method: object, weights: Weights, blocks: Sequence[Block]) -> float:
+    """The share of the weights of all blocks' matrices to remove: the sparsity, or what a budget amounts to.
+
+    Args:
+        part: what was asked.
+        method: of the recipe.
+        weights: of the dense model.
+        blocks: its blocks with their matrices.
+
+    Raises:
+        RecipeError: the budget cannot be read or reached, says what can; or the method makes nothing smaller.
+    """
+    given = {"--params": part.params, "--size": part.size}
+    wishes = {option: text for option, text in given.items() if text is not None}
+    if not wishes:
+        return part.sparsity
+    if len(wishes) > 1:
+        raise RecipeError("--params and --size are two budgets; give one.")
+    ((option, text),) = wishes.items()
+    if not isinstance(method, Shape):
+        raise RecipeError(
+            f"{option} needs a method that makes tensors smaller, and {part.method} only sets weights to zero. "
+            "Use --sparsity, or a method such as flap, obs-sp or shortgpt."
+        )
+    wanted = number(option, text)
+    if option == "--params":
+        whole, inside = parameter_count(weights.model), sum(info.size for block in blocks for info in block.infos)
+    else:
+        whole, inside = weights.checkpoint.bytes, _bytes(weights, blocks)
+    if not whole - inside < wanted <= whole:
+        raise RecipeError(
+            f"{option} {text} cannot be reached: the model has {_text(whole)}, of which {_text(inside)} lie in "
+            f"matrices of its blocks, so ask for more than {_text(whole - inside)} and at most {_text(whole)}."
+        )
+    return (whole - wanted) / inside
+
+
+def number(option: str, text: str) -> int:
+    """`100M` or `80MB` as a number.
+
+    Raises:
+        RecipeError: it is none.
+    """
+    form, example = _FORMS[option]
+    match = form.fullmatch(text)
+    if not match:
+        raise RecipeError(f"{option} {text!r} is no number; write it as {example}.")
+    return round(float(match[1]) * _UNITS[match[2].upper()])
+
+
+def _bytes(weights: Weights, blocks: Sequence[Block]) -> int:
+    """Of the matrices of all blocks, as they lie on disk."""
+    own = {slot.parameter for block in blocks for slot in block.slots}
+    stored = weights.checkpoint.tensors
+    return sum(stored[name].bytes for name, targets in weights.targets.items() if own.intersection(targets))
+
+
+def _text(value: float) -> str:
+    for unit, size in (("G", 10**9), ("M", 10**6), ("K", 10**3)):
+        if value >= size:
+            return f"{value / size:.4g}{unit}"
+    return f"{value:.0f}"
