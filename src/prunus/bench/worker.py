@@ -1,7 +1,7 @@
 """One engine in a process of its own: python -m prunus.bench.worker MODULE FOLDER VARIANT.
 
-Says on standard output, one JSON object a line, what it holds, and then for every order `{"phase": "prefill" | "decode",
-"ids": [...], "tokens": N}` on standard input the seconds it took.
+Says on standard output, one JSON object a line, what it holds, and then for every order
+`{"phase": "prefill" | "decode", "ids": [...], "tokens": N}` on standard input the seconds it took.
 """
 
 from __future__ import annotations

@@ -65,8 +65,8 @@ def evaluate(  # noqa: PLR0913 - one argument for each thing that is part of the
         progress: told after each window.
 
     Returns:
-        A JSON object: model, engine, perplexity, loss (nats a token), loss_stderr (standard error of the mean over windows;
-        None for one), windows, length, predictions, tokens (in the windows), text_tokens (in the whole text), text,
+        A JSON object: model, engine, perplexity, loss (nats a token), loss_stderr (standard error of the mean over
+        windows; None for one), windows, length, predictions, tokens (in the windows), text_tokens (in the whole text), text,
         text_sha256, bos, dtype, device, seconds (of the windows alone), versions and, where asked, sample, baseline
         (the same keys) and ratio (perplexity over the baseline's).
 
@@ -96,11 +96,8 @@ def evaluate(  # noqa: PLR0913 - one argument for each thing that is part of the
         own = engine if folder is folders[-1] else "transformers"
         how = {"device": device, "dtype": dtype}
         loaded = LOADERS[own](folder, trust_remote_code=trust_remote_code, **how)
-        result = {
-            "model": name,
-            "engine": own,
-            **measure(loaded, plan, chosen, note=Path(name).name, progress=progress or Silent()),
-        }
+        numbers = measure(loaded, plan, chosen, note=Path(name).name, progress=progress or Silent())
+        result = {"model": name, "engine": own, **numbers}
         result |= {"text": reading.source, "text_sha256": reading.sha256, "versions": versions()}
         if sample is not None:
             result["sample"] = continue_prompt(loaded, load_tokenizer(folder), prompt=sample)
