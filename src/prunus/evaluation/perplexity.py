@@ -66,9 +66,9 @@ def evaluate(  # noqa: PLR0913 - one argument for each thing that is part of the
 
     Returns:
         A JSON object: model, engine, perplexity, loss (nats a token), loss_stderr (standard error of the mean over
-        windows; None for one), windows, length, predictions, tokens (in the windows), text_tokens (in the whole text), text,
-        text_sha256, bos, dtype, device, seconds (of the windows alone), versions and, where asked, sample, baseline
-        (the same keys) and ratio (perplexity over the baseline's).
+        windows; None for one), windows, length, predictions, tokens (in the windows), text_tokens (in the whole text),
+        text, text_sha256, bos, dtype, device, seconds (of the windows alone), versions and, where asked, sample,
+        baseline (the same keys) and ratio (perplexity over the baseline's).
 
     Raises:
         RecipeError: a number out of range, windows longer than the model's positions, unusable device or dtype.
