@@ -34,7 +34,7 @@ def case(shape: tuple[int, int], density: float, kind: str, seed: int):
     noise = torch.Generator().manual_seed(seed)
     order = torch.randperm(columns, generator=noise).int() if seed % 2 else None
     packed, weight = pack(mask_of(rows, columns, density, seed), kind, seed, order)
-    x = torch.randn(3, columns, generator=noise)
+    x = torch.randn(70, columns, generator=noise)  # more than a tile of tokens, and a part of one
     return packed, weight, x, x if order is None else x[:, order.long()]
 
 
@@ -98,7 +98,8 @@ def test_packed_matrices_multiply_as_their_weights_do(isa, kind):
     for shape, density, seed in CASES:
         packed, weight, x, stored = case(shape, density, kind, seed)
         linear = Linear(packed, native, rounded=False)
-        close(linear(x), stored.double() @ weight.T, weight, stored, 1e-6)
+        for count in (3, 70):
+            close(linear(x[:count]), stored[:count].double() @ weight.T, weight, stored[:count], 1e-6)
         assert torch.equal(linear.weights(), weight.float())
 
 
@@ -110,7 +111,8 @@ def test_rounded_activations_are_the_only_loss(isa, kind, layout):
     for shape, density, seed in CASES:
         packed, weight, x, stored = case(shape, density, kind, seed)
         linear = Linear(packed, native, layout=layout)
-        close(linear(x), rounded(stored) @ weight.T, weight, stored, 1e-6)
+        for count in (3, 70):
+            close(linear(x[:count]), rounded(stored[:count]) @ weight.T, weight, stored[:count], 1e-6)
         assert torch.equal(linear.weights(), weight.float())
 
 
@@ -118,18 +120,20 @@ def test_rounded_activations_are_the_only_loss(isa, kind, layout):
 def test_dense_matrices_multiply_as_their_weights_do(isa):
     native = runtime.open_native(isa, 2)
     for seed, (rows, columns) in enumerate(SHAPES):
-        x = torch.randn(2, columns, generator=torch.Generator().manual_seed(seed))
+        x = torch.randn(20, columns, generator=torch.Generator().manual_seed(seed))
         weight = torch.randn(rows, columns, generator=torch.Generator().manual_seed(seed + 100))
         for given in (weight, weight.bfloat16()):
             linear = DenseLinear(given, native)
-            close(linear(x), x.double() @ given.double().T, given.double(), x, 1e-6)
+            for count in (2, 20):
+                close(linear(x[:count]), x[:count].double() @ given.double().T, given.double(), x[:count], 1e-6)
             assert torch.equal(linear.weights(), given.float())
         rounded_weight = quantize(weight)
         scales = rounded_weight.scales.repeat_interleave(128, 1)[:, :columns]
         exact = rounded_weight.codes.double() * scales.double()
         assert (exact - weight.double()).abs().max() <= weight.abs().max() / 127 * 0.51
         linear = DenseLinear(rounded_weight, native)
-        close(linear(x), rounded(x) @ exact.T, exact, x, 1e-6)
+        for count in (2, 20):
+            close(linear(x[:count]), rounded(x[:count]) @ exact.T, exact, x[:count], 1e-6)
         assert torch.equal(linear.weights(), exact.float())
 
 

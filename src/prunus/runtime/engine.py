@@ -132,11 +132,11 @@ class Engine:
         tokens = _tokens(ids)
         self._check(tokens)
         logits = torch.empty(len(tokens) if every else 1, self.vocabulary)
-        library = self._native.library
-        for index, token in enumerate(tokens):
-            wanted = every or index == len(tokens) - 1
-            out = logits[index if every else 0].data_ptr() if wanted else None
-            self._native.check(library.prunus_step(self._pointer, token, out), "A step")
+        given = torch.tensor(tokens, dtype=torch.int64)
+        status = self._native.library.prunus_prefill(
+            self._pointer, given.data_ptr(), len(tokens), logits.data_ptr(), int(every)
+        )
+        self._native.check(status, "The prompt")
         return logits if every else logits[0]
 
     def generate(

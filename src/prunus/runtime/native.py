@@ -9,7 +9,7 @@ from __future__ import annotations
 import ctypes
 import functools
 import os
-from ctypes import POINTER, Structure, c_char_p, c_float, c_int32, c_int64, c_void_p
+from ctypes import POINTER, Structure, c_char_p, c_double, c_float, c_int32, c_int64, c_void_p
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -102,6 +102,8 @@ SIGNATURES: dict[str, tuple[type | None, tuple[type, ...]]] = {
     "prunus_model": (c_int32, (c_void_p, POINTER(ModelStruct), POINTER(c_void_p))),
     "prunus_model_free": (None, (c_void_p,)),
     "prunus_step": (c_int32, (c_void_p, c_int64, c_void_p)),
+    "prunus_prefill": (c_int32, (c_void_p, c_void_p, c_int64, c_void_p, c_int32)),
+    "prunus_crossover": (c_double, (c_void_p,)),
     "prunus_rewind": (c_int32, (c_void_p, c_int64)),
     "prunus_position": (c_int64, (c_void_p,)),
     "prunus_bytes_per_token": (c_int64, (c_void_p,)),

@@ -3,6 +3,7 @@
 #include <new>
 
 #include "decode.h"
+#include "tiles.h"
 
 using namespace prunus;
 
@@ -54,7 +55,8 @@ PRUNUS_API int32_t prunus_matrix_slots(const Matrix* matrix) { return matrix->sl
 // y [tokens, rows] = x [tokens, columns] times the transposed matrix.
 PRUNUS_API int32_t prunus_multiply(Runtime* runtime, const Matrix* matrix, const float* x, int64_t tokens, float* y) try {
     if (!runtime || !matrix || tokens < 0 || (tokens && (!x || !y))) return BAD_ARGUMENT;
-    return multiply(*runtime->kernels, runtime->pool, *matrix, x, tokens, y);
+    const auto with = tokens < FEW ? multiply : multiply_tiles;
+    return with(*runtime->kernels, runtime->pool, *matrix, x, tokens, y);
 } catch (const std::bad_alloc&) {
     return NO_MEMORY;
 }
@@ -77,6 +79,10 @@ PRUNUS_API int32_t prunus_model(Runtime* runtime, const ModelPlan* plan, Model**
 
 PRUNUS_API void prunus_model_free(Model* model) { delete model; }
 PRUNUS_API int32_t prunus_step(Model* model, int64_t token, float* logits) { return model->step(token, logits); }
+PRUNUS_API int32_t prunus_prefill(Model* model, const int64_t* tokens, int64_t count, float* logits, int32_t every) {
+    return model->prefill(tokens, count, logits, every != 0);
+}
+PRUNUS_API double prunus_crossover(const Runtime* runtime) { return crossover(*runtime->kernels); }
 PRUNUS_API int32_t prunus_rewind(Model* model, int64_t position) { return model->rewind(position); }
 PRUNUS_API int64_t prunus_position(const Model* model) { return model->position(); }
 PRUNUS_API int64_t prunus_bytes_per_token(const Model* model) { return model->bytes_per_token(); }

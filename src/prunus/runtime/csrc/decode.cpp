@@ -1,6 +1,6 @@
 // One token: six phases a layer, a barrier behind each. Every thread keeps its own copy of the hidden state
 // and repeats what is cheap (norms, rounding), which saves barriers; only rows of matrices and heads are divided.
-#include "decode.h"
+#include "prefill.h"
 
 #include <algorithm>
 #include <cmath>
@@ -8,6 +8,9 @@
 #include <new>
 
 namespace prunus {
+Model::Model() = default;
+Model::~Model() = default;
+
 Status Model::build(const ModelPlan& plan, const Kernels& kernels, Pool& pool) try {
     const Status status = check(plan);
     if (status != OK) return status;
@@ -91,6 +94,39 @@ Status Model::step(int64_t token, float* logits) {
     pool_->run([](void* model, int thread) { static_cast<Model*>(model)->run(thread); }, this);
     position_++;
     return OK;
+}
+
+Status Model::prefill(const int64_t* tokens, int64_t count, float* logits, bool every) try {
+    if (count < 0 || count > plan_.context - position_) return TOO_LONG;
+    for (int64_t i = 0; i < count; i++)
+        if (tokens[i] < 0 || tokens[i] >= plan_.vocabulary) return BAD_TOKEN;
+    auto out = [&](int64_t first, int64_t end) -> float* {
+        if (!logits) return nullptr;
+        return every ? logits + first * plan_.vocabulary : end == count ? logits : nullptr;
+    };
+    int64_t done = 0;
+    while (count - done >= FEW) {
+        if (!prefill_) {
+            prefill_ = std::make_unique<Prefill>(*this);
+            if (!prefill_->allocate()) {
+                prefill_.reset();
+                return NO_MEMORY;
+            }
+        }
+        // What is left behind whole tiles is a tile of its own unless it is little.
+        int64_t end = std::min(count, done + Prefill::BATCH * TILE);
+        if (end == count && (end - done) % TILE < FEW && end - done > TILE) end -= (end - done) % TILE;
+        const Status status = prefill_->run(tokens + done, end - done, out(done, end), every);
+        if (status != OK) return status;
+        done = end;
+    }
+    for (; done < count; done++) {
+        const Status status = step(tokens[done], out(done, done + 1));
+        if (status != OK) return status;
+    }
+    return OK;
+} catch (const std::bad_alloc&) {
+    return NO_MEMORY;
 }
 
 // The share of this thread in y = matrix x + bias. `x` is prepared unless the matrix before wanted the same of it.

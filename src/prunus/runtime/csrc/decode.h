@@ -36,16 +36,24 @@ struct Scratch {
     Activations activations;
 };
 
+class Prefill;
+
 class Model {
   public:
     Status build(const ModelPlan& plan, const Kernels& kernels, Pool& pool);
     // Token at the next position; `logits` [vocabulary] or null. Returns OK, TOO_LONG or BAD_TOKEN.
     Status step(int64_t token, float* logits);
+    // Tokens after one another; `logits`: null, of the last token, or of every one.
+    Status prefill(const int64_t* tokens, int64_t count, float* logits, bool every);
     Status rewind(int64_t position);
     int64_t position() const { return position_; }
     int64_t bytes_per_token() const;
 
+    Model();
+    ~Model();
+
   private:
+    friend class Prefill;
     Status check(const ModelPlan& plan);
     bool allocate();
     void run(int thread);
@@ -63,6 +71,7 @@ class Model {
     std::vector<LayerPlan> layers_;
     const Kernels* kernels_ = nullptr;
     Pool* pool_ = nullptr;
+    std::unique_ptr<Prefill> prefill_;  // made when it is first needed
     std::vector<Scratch> scratch_;
     std::vector<Buffer> cache_;  // [2, kv_heads, context, head_dim] of each layer
     Buffer qkv_, mixed_, projected_, gate_, up_, down_;  // written by rows, read by all after a barrier

@@ -23,6 +23,7 @@ namespace {
 
 #include "bmp.inl"
 #include "dense.inl"
+#include "tile.inl"
 #include "vector.inl"
 #include "w16.inl"
 
@@ -47,8 +48,14 @@ const Kernels KERNELS = {
 #else
     false, false,
 #endif
-    vector::gather, vector::quantise, matvec,         vector::rms_norm,
-    vector::add,    vector::gate,     vector::attend, vector::largest,
+    vector::gather,
+    vector::quantise,
+    matvec,
+    vector::rms_norm,
+    vector::add,
+    vector::gate,
+    vector::attend,
+    {tile::multiply, tile::gather, tile::inverse_norms, tile::scale_rows, tile::transpose, tile::turn, tile::attend},
 };
 
 }  // namespace PRUNUS_ISA

@@ -114,11 +114,4 @@ void attend(const Attention& a) {
     }
 }
 
-int64_t largest(const float* x, int64_t size) {
-    int64_t best = 0;
-    for (int64_t i = 1; i < size; i++)
-        if (x[i] > x[best]) best = i;
-    return best;
-}
-
 }  // namespace vector
