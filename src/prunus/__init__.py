@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from prunus.api import catalogue, evaluate, export, inspect, load, plan, prune, run
+    from prunus.decoding.dola.generate import dola_generate
     from prunus.errors import CalibrationError, FormatError, ModelError, PrunusError, RecipeError
     from prunus.recipe import Recipe, load_recipe
 
@@ -18,6 +19,7 @@ __version__ = "0.1.0"
 
 _PLACES = {
     **dict.fromkeys(("catalogue", "evaluate", "export", "inspect", "load", "plan", "prune", "run"), "prunus.api"),
+    "dola_generate": "prunus.decoding.dola.generate",
     **dict.fromkeys(("Recipe", "load_recipe"), "prunus.recipe"),
     **dict.fromkeys(("PrunusError", "RecipeError", "ModelError", "CalibrationError", "FormatError"), "prunus.errors"),
 }
@@ -31,6 +33,7 @@ __all__ = [
     "RecipeError",
     "__version__",
     "catalogue",
+    "dola_generate",
     "evaluate",
     "export",
     "inspect",

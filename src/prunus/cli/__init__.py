@@ -11,7 +11,7 @@ import typer
 from typer.exceptions import TyperException
 
 from prunus import __version__
-from prunus.cli import bench, catalogue, evaluate, export, generate, inspect, prune, run
+from prunus.cli import bench, catalogue, evaluate, export, forecast, generate, inspect, prune, run, score
 from prunus.cli.pages import Page, Pages
 from prunus.errors import PrunusError
 
@@ -28,6 +28,8 @@ COMMANDS = {
     "plan": (prune.plan, "Say what prune would do; reads no weights."),
     "evaluate": (evaluate.evaluate, "Measure perplexity, beside the dense model's."),
     "generate": (generate.generate, "Continue a prompt, token by token."),
+    "score": (score.score, "Does it prefer what is true: TruthfulQA, FACTOR, DoLa."),
+    "forecast": (forecast.forecast, "Predict where a logged number is going."),
     "inspect": (inspect.inspect, "Show where the zeros of a checkpoint are."),
     "export": (export.export, "Write a model in a form that another tool runs."),
     "bench": (bench.bench, "Measure speed beside other engines."),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Annotated, Any
 
 import typer
@@ -14,6 +15,7 @@ EXAMPLES = {
 prunus evaluate out --baseline smollm2
 prunus evaluate packed --engine packed --baseline smollm2
 prunus evaluate out --text book.txt --length 512 --windows 20
+prunus evaluate out --baseline smollm2 --probe markov
 prunus evaluate out --sample "The tree in the garden" --json
 """
 }
@@ -50,6 +52,11 @@ EVALUATE = {
         "What computes MODEL: transformers, or packed (its own numbers, int8 activations and all; the baseline stays "
         "with transformers). Default: transformers.",
     ),
+    "probe": option(
+        "--probe NAME",
+        WHAT,
+        "In place of perplexity: markov, how well the model learns random Markov chains that it reads.",
+    ),
     "device": option("--device DEVICE", MACHINE, "cpu, cuda or cuda:1. Default: cpu."),
     "dtype": option(
         "--dtype DTYPE",
@@ -75,12 +82,59 @@ def evaluate(model: Model, as_json: Json = False, quiet: Quiet = False, **option
         from prunus.recipe import EvaluatePart
         from prunus.recipe_options import EVALUATE_PLACES, from_options
 
-        baseline, engine = options.pop("baseline"), options.pop("engine") or "transformers"
+        baseline, probe = options.pop("baseline"), options.pop("probe")
+        engine = options.pop("engine")
+        if probe is not None:
+            _refuse_beside_probe({**options, "engine": engine})
         recipe = from_options({"model": model, **options}, places=EVALUATE_PLACES, spell=spell(EVALUATE))
         part = (recipe.evaluate or EvaluatePart()).model_dump(exclude={"baseline"})
         machine = {name: getattr(recipe, name) for name in ("device", "dtype", "trust_remote_code")}
         # Only now, so that a slip of the pen is answered at once.
+        if probe is not None:
+            from prunus.forecasting.probe import probe as measure_probe
+
+            result = measure_probe(probe, recipe.model, baseline=baseline, machine=machine, progress=progress)
+            return show(result, probe_text, as_json=as_json)
         from prunus.evaluation.perplexity import evaluate as measure
 
-        result = measure(recipe.model, baseline=baseline, engine=engine, progress=progress, **part, **machine)
+        machine["engine"] = engine or "transformers"
+        result = measure(recipe.model, baseline=baseline, progress=progress, **part, **machine)
     show(result, report.evaluate_text, as_json=as_json)
+
+
+def _refuse_beside_probe(options: dict[str, Any]) -> None:
+    """A probe has its own text.
+
+    Raises:
+        RecipeError: an option of the perplexity beside it.
+    """
+    from prunus.errors import RecipeError
+
+    given = [name for name in ("text", "length", "windows", "bos", "sample", "engine") if options.get(name) is not None]
+    if given:
+        raise RecipeError(f"--probe brings its own numbers, so --{given[0]} has no effect; leave it out.")
+
+
+def probe_text(result: Mapping[str, Any]) -> str:
+    """What each model learned in context, and what simple methods would have."""
+    from prunus.text import table, wrap
+
+    measured = [result["baseline"], result] if result.get("baseline") else [result]
+    rows = [
+        (
+            one["model"],
+            f"{one['area']:.4f} ± {one['stderr']:.4f}",
+            f"{one['end']:.4f}",
+            f"{one['learned']:.1%}",
+            f"t^-{one['exponent']:.2f} (R² {one['fit']:.2f})",
+        )
+        for one in measured
+    ]
+    rows.append(("who counts transitions", f"{result['counting']:.4f}", "", "", ""))
+    rows.append(("who knows nothing", f"{result['uniform']:.4f}", "", "", ""))
+    below = (
+        f"Bhattacharyya distance to the true law of the next state, lower is better: mean over {result['chains']} random "
+        f"chains of {result['states']} states and {result['length']} steps; end: over the last tenth."
+    )
+    columns = ("model", "distance", "end", "learned", "falls as")
+    return f"{table(columns, rows, right=(1, 2, 3))}\n\n{wrap(below)}"

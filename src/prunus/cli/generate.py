@@ -14,6 +14,7 @@ from prunus.cli.session import show, working
 EXAMPLES = {
     "generate": """
 prunus generate smollm2 --prompt "The tree in the garden"
+prunus generate smollm2 --prompt "The capital of France is" --dola high
 prunus generate out --prompt "Once upon a time" --max-new-tokens 200 --temperature 0.8 --top-p 0.95 --seed 7
 prunus generate packed --prompt "Once upon a time" --json
 cat story.txt | prunus generate out --prompt - --json
@@ -43,6 +44,23 @@ GENERATE = {
         "--repetition-penalty R", CHOICE, "Divide the logits of tokens already seen by R, at least 1. Default: 1."
     ),
     "seed": option("--seed N", CHOICE, "Seed of the draw; the same seed draws the same text. Default: 0."),
+    "dola": option(
+        "--dola LAYERS",
+        CHOICE,
+        "Contrast the last layer with premature ones (DoLa): low (for long reasoning), high (for short facts), or numbers "
+        "such as 16,18 or 16-30:2. The repetition penalty is then 1.2 unless given.",
+    ),
+    "dola_norm": option(
+        "--dola-norm NORM",
+        CHOICE,
+        "none: the head reads premature layers as they are, as published; final: through the last norm. Default: none.",
+    ),
+    "compat": option(
+        "--compat MODE",
+        CHOICE,
+        "exact: DoLa by the Jensen-Shannon divergence; published: what the published code computes in its place. "
+        "Default: exact.",
+    ),
     "engine": option(
         "--engine NAME",
         MACHINE,
@@ -77,13 +95,14 @@ def generate(model: Model, prompt: Prompt, as_json: Json = False, quiet: Quiet =
         from prunus.decoding.sampling import Sampling
 
         given = {name: value for name, value in options.items() if value is not None}
+        dola = _dola(given)
         how = Sampling(**numbers({name: given.pop(name) for name in list(given) if name in NUMBERS}, NUMBERS))
         text = sys.stdin.read().rstrip("\n") if prompt == "-" else prompt
         # Only now, so that a slip of the pen is answered at once.
         from prunus.decoding.text import generate as continue_text
 
         tell = None if as_json else _teller(out, text)
-        result = continue_text(model, text, how, tell=tell, **given)
+        result = continue_text(model, text, how, tell=tell, dola=dola, **given)
         if not as_json:
             out.write("\n")
             if not quiet:
@@ -91,6 +110,25 @@ def generate(model: Model, prompt: Prompt, as_json: Json = False, quiet: Quiet =
                 print(_speed(result), file=sys.stderr)
     if as_json:
         show(result, lambda found: found["text"], as_json=True)
+
+
+def _dola(given: dict[str, Any]) -> Any:
+    """Takes DoLa's options out of `given`; None if it is not asked for.
+
+    Raises:
+        RecipeError: its other options without --dola.
+    """
+    from prunus.decoding.dola.options import Dola, parse_layers
+    from prunus.errors import RecipeError
+
+    layers = given.pop("dola", None)
+    others = {new: given.pop(name) for name, new in (("dola_norm", "norm"), ("compat", "compat")) if name in given}
+    if layers is None:
+        if others:
+            raise RecipeError("--dola-norm and --compat belong to --dola; give it too, or leave them out.")
+        return None
+    given.setdefault("repetition_penalty", "1.2")
+    return Dola(parse_layers(layers), **others)
 
 
 def _teller(out: TextIO, prompt: str) -> Callable[[str], None]:
@@ -109,4 +147,6 @@ def _teller(out: TextIO, prompt: str) -> Callable[[str], None]:
 def _speed(result: dict[str, Any]) -> str:
     ended = "end of text" if result["ended"] == "end" else "stopped at --max-new-tokens"
     speed = f", {result['tokens_per_second']:.1f} tokens a second" if result["tokens_per_second"] else ""
-    return f"{result['tokens']} tokens{speed}; {ended}."
+    chosen = ", ".join(f"{layer}: {count}" for layer, count in (result["dola"] or {}).get("chosen", {}).items())
+    layers = f" DoLa's premature layers: {chosen}." if chosen else ""
+    return f"{result['tokens']} tokens{speed}; {ended}.{layers}"

@@ -8,11 +8,12 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from importlib import import_module
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol, cast
+from typing import TYPE_CHECKING, Protocol, cast, runtime_checkable
 
 from prunus.errors import RecipeError, near
 
 if TYPE_CHECKING:
+    from prunus.decoding.dola.options import Dola
     from prunus.decoding.sampling import Sampling
 
 # Name -> module; imported when chosen, because most need PyTorch.
@@ -35,6 +36,15 @@ class Engine(Protocol):
         Raises:
             RecipeError: for a way of choosing tokens that this engine lacks.
         """
+        ...
+
+
+@runtime_checkable
+class Contrasting(Protocol):
+    """An engine that can also contrast layers; one that cannot simply lacks the method."""
+
+    def contrast(self, ids: Sequence[int], how: Sampling, dola: Dola) -> Iterator[tuple[int, int]]:
+        """As `Engine.stream`, each id with the premature layer that it was contrasted with."""
         ...
 
 

@@ -10,6 +10,8 @@ from typing import Any
 import torch
 
 from prunus.data.tokens import check_vocabulary
+from prunus.decoding.dola.generate import dola_steps
+from prunus.decoding.dola.options import Dola
 from prunus.decoding.loop import Step, decode
 from prunus.decoding.sampling import Sampling
 from prunus.evaluation.loading import load_model
@@ -34,6 +36,16 @@ class Stock:
             if token in ends:
                 return
             yield token
+
+    def contrast(self, ids: Sequence[int], how: Sampling, dola: Dola) -> Iterator[tuple[int, int]]:
+        """See `Contrasting.contrast`."""
+        ends = end_tokens(self.model)
+        for step in self.steps(ids, how, dola_steps, dola=dola):
+            token = int(step.tokens[0])
+            if token in ends:
+                return
+            assert step.layers is not None
+            yield token, int(step.layers[0])
 
     def steps(
         self, ids: Sequence[int], how: Sampling, decoder: Callable[..., Iterator[Step]], **options: Any

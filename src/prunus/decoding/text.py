@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import time
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from prunus.data.tokens import folder_positions, load_tokenizer
-from prunus.decoding import find_engine
+from prunus.decoding import Contrasting, Engine, find_engine
+from prunus.decoding.dola.options import Dola
 from prunus.decoding.sampling import Sampling
 from prunus.errors import RecipeError
 from prunus.models.source import find, is_packed
@@ -20,6 +22,7 @@ def generate(
     prompt: str,
     how: Sampling | None = None,
     *,
+    dola: Dola | None = None,
     engine: str = "auto",
     device: str = "cpu",
     dtype: str = "auto",
@@ -32,15 +35,17 @@ def generate(
         model: a folder, a hub id, a .gguf file or an alias.
         prompt: not empty; it gets the special tokens that the tokenizer puts by itself.
         how: the choice of tokens; greedy, 64 of them, unless given.
+        dola: contrast layers so; None: the model's own logits.
         engine: a row of `ENGINES`; auto: packed for a packed folder, else transformers.
         device: such as cpu or cuda:0.
         dtype: auto, float32, bfloat16 or float16.
         trust_remote_code: as in `locate`.
-        tell: is given "" when the model is ready, then each piece of text as soon as it is whole.
+        tell: is given each piece of text as soon as it is whole, and "" at the end.
 
     Returns:
         A JSON object: model, engine, prompt, text (the continuation), ids, tokens, prompt_tokens, ended ("end": an
-        end-of-text token; "length": max_new_tokens), sampling, seconds {load, first, rest} and tokens_per_second (after
+        end-of-text token; "length": max_new_tokens), sampling, dola (None, or its settings and how often each
+        layer was chosen), seconds {load, first, rest} and tokens_per_second (after
         the first; None for one token).
 
     Raises:
@@ -61,23 +66,37 @@ def generate(
     _check_positions(folder, len(ids), how.max_new_tokens)
     begun = time.perf_counter()
     ready = module.load(folder, device=device, dtype=dtype, trust_remote_code=trust_remote_code)
-    if tell:
-        tell("")
     times = [time.perf_counter()]
     new: list[int] = []
     written = []
-    for piece in pieces(tokenizer, ids, _timed(ready.stream(ids, how), new, times)):
+    layers: Counter[int] = Counter()
+    stream = ready.stream(ids, how) if dola is None else _contrasted(ready, ids, how, dola, engine, layers)
+    for piece in pieces(tokenizer, ids, _timed(stream, new, times)):
         written.append(piece)
         if tell:
             tell(piece)
+    if tell:
+        tell("")
     rest = times[-1] - times[1] if len(times) > 2 else None
     return {
         "model": str(model), "engine": engine, "prompt": prompt, "text": "".join(written), "ids": new,
         "tokens": len(new), "prompt_tokens": len(ids), "ended": "length" if len(new) == how.max_new_tokens else "end",
         "sampling": asdict(how),
+        "dola": dola and asdict(dola) | {"chosen": {str(layer): layers[layer] for layer in sorted(layers)}},
         "seconds": {"load": times[0] - begun, "first": times[1] - times[0] if new else None, "rest": rest},
         "tokens_per_second": (len(new) - 1) / rest if rest else None,
     }  # fmt: skip
+
+
+def _contrasted(
+    engine: Engine, ids: list[int], how: Sampling, dola: Dola, name: str, layers: Counter[int]
+) -> Iterator[int]:
+    """The ids of DoLa; the layers are counted."""
+    if not isinstance(engine, Contrasting):
+        raise RecipeError(f"The engine {name} cannot contrast layers (DoLa); use the engine transformers.")
+    for token, layer in engine.contrast(ids, how, dola):
+        layers[layer] += 1
+        yield token
 
 
 def pieces(tokenizer: Any, prompt: list[int], ids: Iterable[int]) -> Iterator[str]:

@@ -110,12 +110,12 @@ def _note(model: PreTrainedModel, inputs: Tensor, body: nn.Module) -> tuple[Any,
 def _replay(model: PreTrainedModel, inputs: Tensor, body: nn.Module, output: Any, kept: slice) -> Tensor:
     """Logits [kept, vocabulary] of some positions, from the noted output of the body."""
     piece = type(output)(**{**output, "last_hidden_state": output.last_hidden_state[:, kept]})
-    with _answering(body, piece):
+    with answering(body, piece):
         return model(input_ids=inputs[:, kept], use_cache=False).logits[0]
 
 
 @contextmanager
-def _answering(body: nn.Module, output: Any) -> Iterator[None]:
+def answering(body: nn.Module, output: Any) -> Iterator[None]:
     """While open, calling `body` gives `output`; then it is as before."""
     own = body.__dict__.get("forward")  # set where accelerate has wrapped the module
     body.forward = lambda *args, **kwargs: output

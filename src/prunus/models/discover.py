@@ -36,14 +36,14 @@ def find_blocks(model: nn.Module, ignore: Sequence[str] = (), blocks: str | None
         ModelError: no list of blocks is found, two blocks share a module, or no matrix is left to prune.
         RecipeError: a glob matches nothing, or `blocks` does not name a list of modules.
     """
-    towers = [blocks] if blocks else list(_towers(model))
-    if not towers:
+    lists = [blocks] if blocks else towers(model)
+    if not lists:
         known = ", ".join(name for name, module in model.named_modules() if isinstance(module, nn.ModuleList)) or "none"
         raise ModelError(
             f"{type(model).__name__} has no list of transformer layers that prunus recognises. "
             f"Name it with --blocks PATH; lists in this model: {known}."
         )
-    found = [_block(model, tower, index, module) for tower in towers for index, module in _items(model, tower)]
+    found = [_block(model, tower, index, module) for tower in lists for index, module in _items(model, tower)]
     _refuse_shared(found)
     _ignore(found, IGNORED, strict=False)
     _ignore(found, ignore, strict=True)
@@ -69,7 +69,7 @@ def uncovered(blocks: Iterable[Block]) -> list[tuple[str, int]]:
     return left
 
 
-def _towers(model: nn.Module) -> Iterator[str]:
+def towers(model: nn.Module) -> list[str]:
     """Dotted paths of the outermost lists whose items all are transformer layers."""
     found: list[str] = []
     for name, module in model.named_modules():
@@ -77,7 +77,7 @@ def _towers(model: nn.Module) -> Iterator[str]:
         items = list(module) if isinstance(module, nn.ModuleList) else []
         if items and not inside and all(isinstance(item, GradientCheckpointingLayer) for item in items):
             found.append(name)
-    yield from found
+    return found
 
 
 def _items(model: nn.Module, tower: str) -> Iterator[tuple[int, nn.Module]]:
