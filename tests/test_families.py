@@ -61,8 +61,8 @@ def recipe_for(folder: Path, family: str, **prune_options: object) -> Recipe:
 def in_process(monkeypatch: pytest.MonkeyPatch) -> None:
     """Reload in this process: a fresh one for each of 150 families would take an hour. One test below uses it."""
 
-    def reload(folder: Path, probe: Path, dtype: str, device: str, trust_remote_code: bool) -> dict:
-        found = compare(folder, probe, dtype, device, trust_remote_code)
+    def reload(folder: Path, probe: Path, dtype: str, device: str, trust_remote_code: bool, own: bool) -> dict:
+        found = compare(folder, probe, dtype, device, trust_remote_code, own)
         assert found["relative_difference"] <= TOLERANCE[dtype]
         assert not found["missing"]
         return {**found, "tolerance": TOLERANCE[dtype]}

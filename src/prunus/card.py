@@ -14,22 +14,32 @@ from prunus.report import causal
 
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
+SHAPED = """
+The tensors themselves are smaller: files, memory and time shrink with them. {loads}
+"""
+
+STOCK = "All blocks have shapes that stock transformers builds."
+OWN = "Blocks have shapes of their own, which stock classes have no place for; prunus loads them."
+
+ZEROS = """
+The zeros are stored like any other number: the files are as large as the dense model's, and stock runtimes compute
+as long. The checkpoint is for study, for recovery training, and for runtimes that make use of zeros.
+"""
+KEEPS = " Further training does not keep the zeros by itself."
+
 BODY = """
 # {title}
 
-{model} with {reached} of the weights of its transformer blocks set to zero ({share} of all parameters), made by
+{model} with {reached} of the weights of its transformer blocks {done} ({share} of all parameters), made by
 prunus {version}.
-
-The zeros are stored like any other number: the files are as large as the dense model's, and stock runtimes compute
-as long. The checkpoint is for study, for recovery training, and for runtimes that make use of zeros.
-
+{gain}
 ## Load it
 
 ```python
 {loading}
 ```
 
-It needs nothing but transformers. Further training does not keep the zeros by itself.
+{needs}
 
 ## How it was made
 
@@ -55,17 +65,22 @@ def model_card(result: Mapping[str, Any], recipe: Mapping[str, Any] | None = Non
         result: what `prunus.engine.prune` returns.
         recipe: the resolved recipe, for settings that the result does not repeat.
     """
-    sparsity = result["sparsity"]
+    sparsity, shaped = result["sparsity"], bool(result.get("shapes"))
+    stock = result.get("loads", "transformers") == "transformers"
     name = _public(result["model"])
     base = (
         {"base_model": result["model"]}
         if HUB_ID.fullmatch(str(result["model"])) and not Path(result["model"]).exists()
         else {}
     )
-    head = {"library_name": "transformers", **base, "tags": ["prunus", "pruned", "sparse", str(result["method"])]}
+    tags = ["prunus", "pruned", *([] if shaped else ["sparse"]), str(result["method"])]
+    head = {"library_name": "transformers", **base, "tags": tags}
     body = BODY.format(
         title=_plain(f"{name}, {100 * sparsity['reached']:.0f} % pruned"),
         model=_code(name),
+        done="removed" if shaped else "set to zero",
+        gain=SHAPED.format(loads=STOCK if stock else OWN) if shaped else ZEROS,
+        needs="" if not stock else "It needs nothing but transformers." + ("" if shaped else KEEPS),
         reached=f"{100 * sparsity['reached']:.2f} %",
         share=f"{100 * sparsity['model']:.2f} %",
         version=result.get("versions", {}).get("prunus", ""),
@@ -80,6 +95,8 @@ def model_card(result: Mapping[str, Any], recipe: Mapping[str, Any] | None = Non
 def _loading(result: Mapping[str, Any]) -> str:
     """Python that loads the checkpoint; a model without a language head by its own class."""
     name, folder = str(result.get("architecture")), _public(result["out"])
+    if result.get("loads") == "prunus":
+        return f"import prunus\n\nmodel = prunus.load({folder!r})"
     if not causal(result):
         return f"from transformers import {name}\n\nmodel = {name}.from_pretrained({folder!r})"
     return (

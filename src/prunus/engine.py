@@ -20,11 +20,13 @@ from prunus.edits import apply
 from prunus.errors import PrunusError
 from prunus.evidence import Evidence, of_inputs
 from prunus.job import Job, check_out, prepare
+from prunus.methods.shape import Shape
 from prunus.models.checkpoint import Checkpoint
 from prunus.notes import collecting
 from prunus.output import Output
 from prunus.progress import Progress, Silent
 from prunus.recipe import Recipe
+from prunus.shaping import cut, decide, shapes
 from prunus.sites import Block
 from prunus.statistics import SiteStats
 from prunus.stream import Step
@@ -119,14 +121,33 @@ def _run(job: Job, restart: bool, progress: Progress, clock: Clock) -> dict[str,
     if evidence.kinds:
         with clock("gradients"):
             evidence.prepare()
-    with clock("survey"):
-        budget = _budget(job, evidence, progress)
-    with clock("prune"):
-        reports = _blocks(job, output, budget, evidence, progress)
+    reports = (
+        _reshape(job, job.method, output, evidence, progress, clock)
+        if isinstance(job.method, Shape)
+        else (_mask(job, output, evidence, progress, clock))
+    )
     with clock("finish"):
         job.processes.on_first(output.outside)
         logits = job.stream.logits(job.probe.inputs)
     return job.processes.on_first(lambda: _publish(job, output, logits, _result(job, reports, clock), progress, clock))
+
+
+def _mask(job: Job, output: Output, evidence: Evidence, progress: Progress, clock: Clock) -> list[dict[str, Any]]:
+    """Zero weights inside matrices; returns the reports of all blocks."""
+    with clock("survey"):
+        budget = _budget(job, evidence, progress)
+    with clock("prune"):
+        return _blocks(job, output, budget, evidence, progress)
+
+
+def _reshape(
+    job: Job, method: Shape, output: Output, evidence: Evidence, progress: Progress, clock: Clock
+) -> list[dict[str, Any]]:
+    """Make shapes smaller; returns the reports of all blocks."""
+    with clock("survey"):
+        plan = decide(job, method, output, evidence, progress)
+    with clock("prune"):
+        return cut(job, method, output, plan, evidence, progress)
 
 
 def _publish(
@@ -137,8 +158,15 @@ def _publish(
     with clock("verify"):
         probe = output.probe(job.probe.inputs, logits)
         result["verify"] = verify(
-            job.work.checkpoint, probe, job.dtype_name, str(job.device), job.recipe.trust_remote_code
+            job.work.checkpoint,
+            probe,
+            job.dtype_name,
+            str(job.device),
+            job.recipe.trust_remote_code or output.loads == "code",
+            output.loads == "prunus",
         )
+        if isinstance(job.method, Shape):
+            result |= {"loads": output.loads, "shapes": {**result["shapes"], "parameters": output.parameters()}}
     progress.advance("reloaded in a fresh process")
     result["seconds"] = clock.read()
     result["peak_rss_bytes"] = memory.peak()
@@ -179,7 +207,7 @@ def _blocks(
         begun = time.monotonic()
         report, orders = _block(job, step, evidence.of(step, job.method.needs), budget)
         report["seconds"] = time.monotonic() - begun
-        job.processes.on_first(partial(output.block, step.block, report, orders))
+        job.processes.on_first(partial(output.block, step.block, report, orders=orders))
         reports[step.block.name] = report
         progress.advance(step.block.name, error=report["error"])
     return [report for block in job.stream.blocks if (report := reports[block.name])]
@@ -196,7 +224,7 @@ def _block(
             idle.append(matrix.name)  # never called with the text: nothing is known about it
             continue
         edit = job.method.prune(matrix, stats, budget[matrix.name])
-        apply(matrix, edit, job.stream.weights.dtype(slot.parameter))
+        apply(step.block, edit, job.stream.weights.dtype)
         if edit.order is not None and slot.expert is None and not slot.transposed:
             orders[slot.parameter] = edit.order
         zeros = matrix.weight.numel() - int(matrix.weight.count_nonzero())
@@ -265,4 +293,5 @@ def _result(job: Job, reports: list[dict[str, Any]], clock: Clock) -> dict[str, 
         "processes": job.processes.world,
         "versions": job.versions,
         "warnings": list(job.warnings),
+        **({"shapes": shapes(reports)} if isinstance(job.method, Shape) else {}),
     }

@@ -66,6 +66,19 @@ class LossGradientL2(WeightGradient):
     power: ClassVar[int] = 2
 
 
+class LossGradientSum(WeightGradient):
+    """∂L/∂W of the language-modelling loss of the dense model, signed, of all samples together."""
+
+    source: ClassVar[Source] = "loss"
+    power: ClassVar[int] = 1
+
+    def update(self, gradient: Tensor | None) -> None:
+        """Add the gradient `[out, in]` of one sample; None where the sample did not reach the matrix."""
+        self._count(1, int(gradient is not None and bool(gradient.any())))
+        if gradient is not None:
+            self._sum += gradient.float()
+
+
 class RegionalGradient(WeightGradient):
     """(∂‖block(X)‖₂/∂W)², which needs no pass through the model (Wanda++, Yang et al. 2025, arXiv:2503.04992)."""
 

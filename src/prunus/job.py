@@ -28,6 +28,7 @@ from prunus.errors import CalibrationError, RecipeError
 from prunus.evaluation.loading import check_device
 from prunus.evidence import of_gradients
 from prunus.methods.elementwise import Elementwise
+from prunus.methods.shape import Shape
 from prunus.models.checkpoint import Checkpoint
 from prunus.models.discover import find_blocks, uncovered
 from prunus.models.skeleton import parameter_count, skeleton
@@ -63,6 +64,7 @@ class Job:
         device: where blocks are computed.
         predicted: the terms of the peak memory, bytes.
         processes: this process among its peers.
+        parameters: number of the dense model's weights, tied ones once.
         warnings: what the user should know.
         resumed: number of blocks that an earlier call had finished.
     """
@@ -73,13 +75,14 @@ class Job:
     work: Work
     checkpoint: Checkpoint
     stream: Stream
-    method: Elementwise
+    method: Elementwise | Shape
     allocation: Allocation
     calibration: Calibration
     batches: list[Batch]
     device: torch.device
     predicted: dict[str, int]
     processes: Processes
+    parameters: int
     warnings: list[str]
     resumed: int = 0
 
@@ -97,11 +100,6 @@ class Job:
     def dtype_name(self) -> str:
         """Dtype that blocks are computed in."""
         return str(self.stream.model.dtype).removeprefix("torch.")
-
-    @property
-    def parameters(self) -> int:
-        """Number of the model's weights, tied ones once."""
-        return parameter_count(self.stream.model)
 
     @property
     def calibration_summary(self) -> dict[str, Any]:
@@ -214,7 +212,7 @@ def prepare(recipe: Recipe, out: Path, *, overwrite: bool, processes: Processes,
     )
     return Job(
         recipe, out, overwrite, work, checkpoint, stream, method, allocation, calibration, batches, device, predicted,
-        processes, warnings,
+        processes, parameter_count(model), warnings,
     )  # fmt: skip
 
 
@@ -253,7 +251,7 @@ def dtype_of(name: str, device: torch.device, checkpoint: Checkpoint) -> torch.d
     return size.most_common(1)[0][0]
 
 
-def sites_of(recipe: Recipe, model: PreTrainedModel, method: Elementwise) -> list[Block]:
+def sites_of(recipe: Recipe, model: PreTrainedModel, method: Elementwise | Shape) -> list[Block]:
     """The blocks of the model with the matrices that the recipe leaves.
 
     Raises:
@@ -264,7 +262,7 @@ def sites_of(recipe: Recipe, model: PreTrainedModel, method: Elementwise) -> lis
     refusals = []
     for info in (info for block in blocks for info in block.infos):
         try:
-            method.pattern.check(info)
+            method.check(info)
         except RecipeError as refusal:
             refusals.append(str(refusal))
     if refusals:

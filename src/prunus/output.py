@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +13,13 @@ from torch import Tensor
 
 from prunus.capture import Inputs
 from prunus.card import model_card
+from prunus.errors import ModelError, PrunusError
 from prunus.job import Job
 from prunus.models.checkpoint import INDEX, Checkpoint
+from prunus.models.reshaped import in_step
 from prunus.models.source import PICKLES
+from prunus.models.weights import Cut
+from prunus.shapes import settle
 from prunus.sites import Block
 
 # The orders of columns of a pattern with `permute`, by name of the matrix; packing reads them.
@@ -39,6 +44,15 @@ class Output:
         self.blocks = {block.name: number for number, block in enumerate(job.stream.blocks)}
         self.rest = self._groups(self.weights.outside(self.blocks))
         self.count = len(self.blocks) + len(self.rest)
+        self.dropped: frozenset[str] = frozenset()
+        self.loads = "transformers"
+
+    def leave_out(self, dropped: frozenset[str]) -> None:
+        """Blocks that are not written; the others are numbered anew."""
+        kept = [block for block in self.job.stream.blocks if block.name not in dropped]
+        self.blocks = {block.name: number for number, block in enumerate(kept)}
+        self.count = len(self.blocks) + len(self.rest)
+        self.dropped = dropped
 
     def report(self, block: Block) -> dict[str, Any] | None:
         """What was reported about a finished block, or None."""
@@ -48,17 +62,27 @@ class Output:
         """The finished shard of a block."""
         return Checkpoint.of_shard(self.work.checkpoint / self._file(self.blocks[block.name]))
 
-    def block(self, block: Block, report: Mapping[str, Any], orders: Mapping[str, Tensor]) -> None:
+    def block(
+        self,
+        block: Block,
+        report: Mapping[str, Any],
+        changed: set[str] | None = None,
+        cuts: Mapping[str, Sequence[Cut]] | None = None,
+        orders: Mapping[str, Tensor] | None = None,
+    ) -> None:
         """Write a pruned block's shard and orders of columns, and after them its report, which makes it finished.
 
         Args:
-            block: loaded, pruned.
-            report: about it.
+            block: loaded.
+            report: what was done to it.
+            changed: parameters that differ from the checkpoint; all of its matrices unless given.
+            cuts: what was cut from them, if they are smaller now.
             orders: parameter -> order of its columns, where the pattern made one.
         """
-        tensors = self.weights.export(block.name, {slot.parameter for slot in block.slots})
+        changed = {slot.parameter for slot in block.slots} if changed is None else changed
+        tensors = self._renamed(block, self.weights.export(block.name, changed, cuts))
         self.work.write_tensors(f"checkpoint/{self._file(self.blocks[block.name])}", tensors)
-        stored = {name: order.to("cpu", torch.int32) for name, order in self._on_disk(orders).items()}
+        stored = {name: order.to("cpu", torch.int32) for name, order in self._on_disk(orders or {}).items()}
         if stored:
             self.work.write_tensors(self._orders_name(block), stored)
         self.work.write(self._report_name(block), report)
@@ -68,14 +92,61 @@ class Output:
         for number, names in enumerate(self.rest, start=len(self.blocks)):
             self.work.write_tensors(f"checkpoint/{self._file(number)}", dict(self.weights.checkpoint.read(names)))
         for block in self.job.stream.blocks:
-            if self.report(block) is None:
-                tensors = dict(self.weights.checkpoint.read(self.weights.sources(block.name)))
+            if block.name not in self.dropped and self.report(block) is None:
+                tensors = self._renamed(block, dict(self.weights.checkpoint.read(self.weights.sources(block.name))))
                 self.work.write_tensors(f"checkpoint/{self._file(self.blocks[block.name])}", tensors)
         self._index()
         self._copy_files()
         found = [self.work.read_tensors(self._orders_name(block)) for block in self.job.stream.blocks]
         if orders := {name: order for part in found for name, order in (part or {}).items()}:
             self.work.write_tensors(f"checkpoint/{ORDERS}", orders)
+        self._configure()
+
+    def _configure(self) -> None:
+        """Bring config.json in step with the shapes that were written."""
+        reshaped = any((self.report(block) or {}).get("kept") for block in self.job.stream.blocks
+                       if block.name not in self.dropped)  # fmt: skip
+        if not self.dropped and not reshaped:
+            return
+        folder = self.work.checkpoint
+        gone: dict[str, set[int]] = {}
+        for block in self.job.stream.blocks:
+            if block.name in self.dropped:
+                gone.setdefault(block.tower, set()).add(block.index)
+        config, zeros, self.loads = in_step(self.job.checkpoint.folder, folder, gone, self.job.recipe.trust_remote_code)
+        if zeros:
+            self.work.write_tensors("checkpoint/model-biases.safetensors", zeros)
+            self._index(folder / "model-biases.safetensors")
+        self.work.write("checkpoint/config.json", config)
+        if self.loads == "prunus":
+            self.loads = self._own_code(folder)
+
+    def _own_code(self, folder: Path) -> str:
+        """Lay the modelling file beside blocks that differ; where even that does not fit, prunus alone loads them."""
+        try:
+            return "transformers" if settle(folder)["stock"] else "code"
+        except PrunusError:
+            return "prunus"
+
+    def _renamed(self, block: Block, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        """The tensors of a block under its new number, where blocks before it were dropped."""
+        before = sum(
+            other.tower == block.tower and other.index < block.index
+            for other in self.job.stream.blocks
+            if other.name in self.dropped
+        )
+        if not before:
+            return tensors
+        last = block.tower.rpartition(".")[2]
+        old, new = f"{last}.{block.index}.", f"{last}.{block.index - before}."
+        odd = next((name for name in tensors if name.count(old) != 1), None)
+        if odd is not None:
+            raise ModelError(f"{odd}: the number of its block cannot be told from the name; no block can be dropped.")
+        return {name.replace(old, new): value for name, value in tensors.items()}
+
+    def parameters(self) -> int:
+        """Number of weights that were written."""
+        return sum(math.prod(stored.shape) for stored in Checkpoint.open(self.work.checkpoint).tensors.values())
 
     def probe(self, inputs: Inputs, logits: Tensor) -> Path:
         """Write what the fresh process compares with; returns the file."""
@@ -97,8 +168,9 @@ class Output:
             model_card(dict(result), self.job.recipe.resolved()), encoding="utf-8"
         )
 
-    def _index(self) -> None:
-        stored = [Checkpoint.of_shard(self.work.checkpoint / self._file(number)) for number in range(self.count)]
+    def _index(self, *more: Path) -> None:
+        files = [self.work.checkpoint / self._file(number) for number in range(self.count)]
+        stored = [Checkpoint.of_shard(file) for file in (*files, *more)]
         where = {name: tensor.file.name for shard in stored for name, tensor in shard.tensors.items()}
         total = sum(shard.bytes for shard in stored)
         self.work.write(f"checkpoint/{INDEX}", {"metadata": {"total_size": total}, "weight_map": where})

@@ -21,6 +21,7 @@ from prunus.evaluation.loading import check_device
 from prunus.evidence import AnyNeeds, of_gradients
 from prunus.job import BATCH_TOKENS, check_out, dtype_of, sites_of, tokens_of
 from prunus.methods.elementwise import Elementwise
+from prunus.methods.shape import Shape
 from prunus.models.checkpoint import Checkpoint
 from prunus.models.discover import find_blocks, uncovered
 from prunus.models.skeleton import parameter_count, skeleton
@@ -88,6 +89,7 @@ def _plan(recipe: Recipe, notes: list[str]) -> dict[str, Any]:
         "memory": _memory(model, blocks, checkpoint, needs, tokens, calibration["length"] if calibration else 0),
         "disk": _disk(recipe, checkpoint.bytes + memory.scratch(model, blocks, needs, tokens)),
         "time": _time(blocks, method, allocation, tokens, device),
+        **({"shapes": {"kinds": list(method.touches)}} if isinstance(method, Shape) else {}),
     }
 
 
@@ -115,13 +117,19 @@ class _Foreseen:
         raise AssertionError("an allocation that calls itself foreseeable measures")
 
 
-def _budget(blocks: Sequence[Block], method: Elementwise, allocation: Allocation, sparsity: float) -> dict[str, Any]:
+def _budget(
+    blocks: Sequence[Block], method: Elementwise | Shape, allocation: Allocation, sparsity: float
+) -> dict[str, Any]:
     """The budget of each block where the allocation can tell it from the sites alone, else how it will be found."""
     sites = [info for block in blocks for info in block.infos]
     rows = [
         {"name": block.name, "matrices": len(block.infos), "parameters": sum(info.size for info in block.infos)}
         for block in blocks
     ]
+    if isinstance(method, Shape):
+        what = f"groups of {' and '.join(method.touches)}" if method.touches else "whole blocks"
+        sentence = f"the method chooses which {what} go, to {100 * sparsity:.2f} % of all"
+        return {"budget": sentence, "blocks": [{**row, "sparsity": None} for row in rows]}
     if not allocation.foreseeable:
         source = "the calibration text" if allocation.needs else "the weights"
         sentence = f"decided by a first pass over {source}, to {100 * sparsity:.2f} % of all"
@@ -183,7 +191,7 @@ def _disk(recipe: Recipe, needed: int) -> dict[str, Any]:
 
 
 def _time(
-    blocks: Sequence[Block], method: Elementwise, allocation: Allocation, tokens: int, device: torch.device
+    blocks: Sequence[Block], method: Elementwise | Shape, allocation: Allocation, tokens: int, device: torch.device
 ) -> dict[str, Any]:
     """Operations of the walk over the machine's measured speed; experts are counted as if each saw every token.
 

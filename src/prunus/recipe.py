@@ -21,6 +21,7 @@ from prunus.recipe_yaml import beside, dump_yaml, read_yaml
 if TYPE_CHECKING:
     from prunus.allocations import Allocation
     from prunus.methods.elementwise import Elementwise
+    from prunus.methods.shape import Shape
 
 # Sparsities written with a few digits, such as 0.333 for 2:3, mean the pattern's own.
 PATTERN_TOLERANCE = 1e-3
@@ -211,7 +212,7 @@ class Recipe(_Part):
         """Every value with the defaults written out; `Recipe(**recipe.resolved()) == recipe`."""
         return self.model_dump(mode="json")
 
-    def build(self) -> tuple[Elementwise, Allocation]:
+    def build(self) -> tuple[Elementwise | Shape, Allocation]:
         """The method and the allocation as objects.
 
         Raises:

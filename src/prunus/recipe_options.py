@@ -65,7 +65,7 @@ def _forget(data: dict[str, Any], given: Mapping[str, Any]) -> None:
     prune = data.get("prune")
     if not isinstance(prune, dict):
         return
-    owners = {"method": ("metric.", "update."), "metric": ("metric.",), "update": ("update.",)}
+    owners = {"method": ("metric.", "update.", "method.", "score."), "metric": ("metric.",), "update": ("update.",)}
     owners |= {"pattern": ("pattern.",), "allocation": ("allocation.",)}
     dropped = tuple(prefix for name, prefixes in owners.items() if name in given for prefix in prefixes)
     if dropped and isinstance(prune.get("settings"), dict):

@@ -11,6 +11,12 @@ from prunus.text import bytes_text, pairs, percent, table, wrap
 
 Result = Mapping[str, Any]
 
+LOADERS = {
+    "transformers": "stock transformers",
+    "code": "transformers and the modelling file in the folder",
+    "prunus": "prunus (stock classes have no place for its shapes)",
+}
+
 
 def prune_text(result: Result) -> str:
     """What was removed, what it took, what it buys and what to do next."""
@@ -27,7 +33,10 @@ def prune_text(result: Result) -> str:
     }
     how = f"{result['method']} ({result['pattern']}, {result['allocation']})"
     head = f"Pruned {result['model']} with {how} into {result['out']}"
-    if sparsity["wanted"] - sparsity["reached"] > 5e-4:
+    if result.get("shapes"):
+        facts["checked"] = _checked(result.get("verify"), result.get("loads", "transformers"))
+        facts["parameters"] = _parameters(result)
+    elif sparsity["wanted"] - sparsity["reached"] > 5e-4:
         facts["asked for"] = f"{percent(sparsity['wanted'])}; counts are rounded down in every row or group"
     parts = [head, pairs(facts), *_warnings(result.get("warnings")), buys(result)]
     out, dense = shlex.quote(str(result["out"])), shlex.quote(str(result["model"]))
@@ -158,6 +167,8 @@ def causal(result: Result) -> bool:
 
 def buys(result: Result) -> str:
     """What the pattern gives at run time today, and what it does not."""
+    if result.get("shapes"):
+        return wrap(f"What it buys: {_smaller(result)}")
     pattern = result["pattern"]
     stored = (
         "The zeros are stored like any other number: the files stay as large as the dense model's, and transformers, "
@@ -181,6 +192,27 @@ def buys(result: Result) -> str:
     else:
         gain = f"No stock runtime executes {pattern}; only a runtime made for it gains speed."
     return wrap(f"What it buys: {stored} {gain}")
+
+
+def _smaller(result: Result) -> str:
+    """What smaller shapes give, and who runs them."""
+    gain = "The tensors themselves are smaller: files, memory and time shrink with them, on every machine."
+    if result["shapes"].get("blocks"):
+        return f"{gain} Blocks that stay are as they were, so transformers, vLLM and llama.cpp load the result."
+    if result.get("loads") == "transformers":
+        return f"{gain} All blocks have one shape, so stock transformers loads the result."
+    if result.get("loads") == "code":
+        return (
+            f"{gain} Blocks differ from each other, so a small modelling file lies in the folder: prunus loads it as "
+            "it is, transformers with trust_remote_code=True. `prunus export --portable` writes a stock class instead, "
+            "`--format gguf` a file for llama.cpp."
+        )
+    if result.get("loads") == "prunus":
+        return (
+            f"{gain} Blocks differ from each other (or have biases), which stock classes have no place for: prunus "
+            "loads the result, and `prunus export` writes what other tools load."
+        )
+    return f"{gain} Where all blocks get one shape, stock transformers loads the result; else prunus does."
 
 
 def _same_everywhere(result: Result) -> bool:
@@ -232,14 +264,22 @@ def _memory(result: Result) -> str:
     )
 
 
-def _checked(verify: Result | None) -> str:
+def _parameters(result: Result) -> str:
+    """Before and after, and what share of the blocks was asked for if another went."""
+    shapes, sparsity = result["shapes"], result["sparsity"]
+    text = f"{shapes['parameters']:,} of {result['parameters']['model']:,} are left"
+    if abs(sparsity["wanted"] - sparsity["reached"]) > 5e-4:
+        text += f"; asked for {percent(sparsity['wanted'])} of the blocks, whole groups or blocks gave the nearest"
+    return text
+
+
+def _checked(verify: Result | None, loads: str = "transformers") -> str:
     if not verify:
         return ""
     difference = verify.get("relative_difference", verify["max_difference"])
     equal = f"differ from the run's by {difference:.1g} of the largest (allowed: {verify['tolerance']:.0g})"
-    return (
-        f"loaded by stock transformers in a fresh process; its logits {equal if difference else 'are those of the run'}"
-    )
+    how = LOADERS[loads]
+    return f"loaded by {how} in a fresh process; its logits {equal if difference else 'are those of the run'}"
 
 
 def _size(size: Result) -> str:

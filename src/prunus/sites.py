@@ -1,11 +1,15 @@
-"""What can be made smaller: today a matrix inside a block, seen as `[out, in]` whatever its module stores."""
+"""What can be made smaller: a matrix seen as `[out, in]` whatever its module stores, a width, or a whole block."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from typing import Literal
 
+import torch
 from torch import Tensor, nn
+
+Kind = Literal["heads", "neurons"]
 
 
 @dataclass(frozen=True)
@@ -81,6 +85,76 @@ class Slot:
         return own.T if self.transposed else own
 
 
+@dataclass(frozen=True, eq=False)
+class Member:
+    """The part of a matrix that belongs to a width.
+
+    Attributes:
+        matrix: name of the site.
+        groups: int64, for each of its rows (or columns) the group that it goes with, -1 for none.
+    """
+
+    matrix: str
+    groups: Tensor
+
+    def kept(self, keep: Tensor) -> Tensor:
+        """Bool, as long as `groups`: which rows (or columns) stay if the groups in `keep` (bool `[groups]`) do."""
+        return torch.where(self.groups < 0, True, keep[self.groups.clamp(min=0)])
+
+    def of_groups(self, values: Tensor, groups: int) -> Tensor:
+        """Sums over groups, `[groups]`, of values of single rows (or columns)."""
+        mine = self.groups >= 0
+        total = torch.zeros(groups, dtype=values.dtype, device=values.device)
+        return total.index_add_(0, self.groups.to(values.device)[mine], values[mine])
+
+
+@dataclass(frozen=True, eq=False)
+class Width:
+    """Channels inside a block that can only be removed together: groups of rows, and the columns that read them.
+
+    Attributes:
+        name: dotted path of the module that holds it (`model.layers.0.mlp`).
+        block: dotted path of its block.
+        kind: `heads` if tokens are mixed between rows and columns (one group for each head of keys and values, with
+            the query heads that read it), else `neurons`.
+        groups: how many there are.
+        rows: producers, whose rows go.
+        columns: consumers, whose columns go.
+        weights: int64 `[groups]`, how many weights of matrices each group holds.
+    """
+
+    name: str
+    block: str
+    kind: Kind
+    groups: int
+    rows: tuple[Member, ...]
+    columns: tuple[Member, ...]
+    weights: Tensor
+
+    @property
+    def consumer(self) -> Member:
+        """The one matrix that reads the channels."""
+        assert len(self.columns) == 1, f"{self.name} is read by {len(self.columns)} matrices"
+        return self.columns[0]
+
+    def matrices(self) -> list[str]:
+        """Names of all matrices that shrink with it."""
+        return [member.matrix for member in (*self.rows, *self.columns)]
+
+
+@dataclass(frozen=True)
+class BlockSite:
+    """A whole block that can go.
+
+    Attributes:
+        name: dotted path of the block.
+        weights: number of weights in its matrices.
+    """
+
+    name: str
+    weights: int
+
+
 @dataclass
 class Block:
     """One transformer layer, the unit that is loaded, pruned, saved and dropped.
@@ -92,6 +166,7 @@ class Block:
         module: the layer itself; its parameters are on the meta device while it is not loaded.
         slots: where its prunable matrices lie, in module order.
         ignored: parameters of matrices that were left out on purpose.
+        widths: groups of channels in it, where a method asked for them.
     """
 
     name: str
@@ -100,6 +175,7 @@ class Block:
     module: nn.Module
     slots: list[Slot] = field(default_factory=list)
     ignored: set[str] = field(default_factory=set)
+    widths: list[Width] = field(default_factory=list)
 
     @property
     def infos(self) -> list[SiteInfo]:
@@ -109,3 +185,13 @@ class Block:
     def matrices(self) -> list[Matrix]:
         """Its prunable matrices as `[out, in]` views of the loaded parameters."""
         return [slot.matrix() for slot in self.slots]
+
+    def slot(self, name: str) -> Slot:
+        """Where the matrix of this name lies."""
+        return next(slot for slot in self.slots if slot.info.name == name)
+
+    def resize(self, name: str, shape: tuple[int, int]) -> None:
+        """Note that the matrix of this name now has another shape."""
+        place = next(place for place, slot in enumerate(self.slots) if slot.info.name == name)
+        slot = self.slots[place]
+        self.slots[place] = replace(slot, info=replace(slot.info, shape=shape))

@@ -12,8 +12,8 @@ Value = TypeVar("Value")
 Kind = TypeVar("Kind", bound="Sums")
 
 # Where a statistic comes from: the inputs of a matrix, seen while the block runs; the gradient of the model's loss; the
-# gradient of the norm of the block's outputs; or trials with the whole model in memory.
-Source = Literal["inputs", "loss", "output", "trials"]
+# gradient of the norm of the block's outputs; trials with the whole model in memory; or the hidden states themselves.
+Source = Literal["inputs", "loss", "output", "trials", "states"]
 
 _TOKENS = 256  # tokens squared at a time: the temporary then stays in a core's cache
 _PANELS = 4  # of the Gram matrix: 5/8 of the full product's work; narrower panels multiply more slowly
@@ -53,6 +53,12 @@ class Statistic(Sums, Protocol):
     def update(self, x: Tensor, samples: int) -> None:
         """Add inputs `x [tokens, in]` of any floating dtype, which belong to `samples` calibration sequences."""
         ...
+
+
+class BlockStates:
+    """Not a running sum: the hidden states in front of and behind each block, on the calibration text."""
+
+    source: ClassVar[Source] = "states"
 
 
 class Counted:
@@ -139,6 +145,11 @@ class InputMoments(Counted):
         """‖X_j‖₂ / √samples, float32 `[in]`, as that of `InputNorm`."""
         return (self._sums[1] / max(self.samples, 1)).sqrt().float()
 
+    @property
+    def token_mean(self) -> Tensor:
+        """Mean of x_tj over all tokens, float32 `[in]`."""
+        return (self._sums[0] / max(self.tokens, 1)).float()
+
     def update(self, x: Tensor, samples: int) -> None:
         """Add inputs `x [tokens, in]` of any floating dtype, which belong to `samples` calibration sequences."""
         for part in x.split(_TOKENS):
@@ -155,6 +166,50 @@ class InputMoments(Counted):
     def tensors(self) -> list[Tensor]:
         """The running sums, to be summed over processes in place."""
         return [self._sums, self._counts]
+
+
+class RunningFluctuation(Counted):
+    """FLAP's published fluctuation: a running sum over sequences, around the mean so far (arXiv:2312.11983, code).
+
+    F_k = F_(k-1)·(k-2)/(k-1) + S_k/k with S_k = Σ_t (x_t - m_k)² of sequence k and m_k the mean of the first k: tokens
+    times a variance that leaves out the first sequence. It depends on the order of the sequences, so it is refused for
+    several processes.
+    """
+
+    source: ClassVar[Source] = "inputs"
+
+    def __init__(self, features: int, device: torch.device | str = "cpu") -> None:
+        """Start from no tokens."""
+        self._mean = torch.zeros(features, dtype=torch.float64, device=device)
+        self._sum = torch.zeros(features, dtype=torch.float64, device=device)
+        super().__init__(device)
+
+    @property
+    def fluctuation(self) -> Tensor:
+        """F_N, float32 `[in]`."""
+        return self._sum.float()
+
+    @property
+    def token_mean(self) -> Tensor:
+        """Mean of x_tj over all tokens, float32 `[in]`, of sequences of equal length."""
+        return self._mean.float()
+
+    def update(self, x: Tensor, samples: int) -> None:
+        """Add inputs `x [tokens, in]` of any floating dtype: `samples` sequences of equal length."""
+        for own in x.double().chunk(max(samples, 1)):
+            self._count(1, len(own))
+            k = self.samples
+            self._mean += (own.mean(0) - self._mean) / k
+            if k > 1:
+                self._sum = self._sum * ((k - 2) / (k - 1)) + (own - self._mean).square().sum(0) / k
+
+    def finite(self) -> bool:
+        """Whether no NaN or infinite input has been seen."""
+        return bool(self._mean.isfinite().all())
+
+    def tensors(self) -> list[Tensor]:
+        """The running sums; they do not add up over processes."""
+        return [self._mean, self._sum, self._counts]
 
 
 class Gram(Counted):

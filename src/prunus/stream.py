@@ -59,6 +59,9 @@ class Step:
         stats: matrix name → statistics of its inputs.
         dense: outputs of the unchanged block, one tensor per batch.
         outputs: what the next block will be given.
+        rerun: runs the block as it is now.
+        inputs: what it was given, one tensor per batch.
+        processes: this process among its peers.
     """
 
     block: Block
@@ -66,6 +69,8 @@ class Step:
     dense: list[Tensor]
     outputs: list[Tensor]
     rerun: Callable[[], list[Tensor]]
+    inputs: list[Tensor]
+    processes: Processes
 
     @torch.no_grad()
     def propagate(self) -> float:
@@ -99,6 +104,7 @@ class Stream:
         device: where blocks are computed; hidden states wait on the CPU.
         finals: tower → hidden states of the last batch (the probe) behind its last block, once it was walked.
         forms: class of block → a real result of one, which shows the form of all.
+        dropped: names of blocks that are passed by.
     """
 
     def __init__(
@@ -112,6 +118,7 @@ class Stream:
         self.device = weights.device
         self.finals: dict[str, Tensor] = {}
         self.forms: dict[type, Any] = {}
+        self.dropped: frozenset[str] = frozenset()
 
     def walk(self, batches: list[Batch], needs: Needs, finished: Finished = lambda block: None) -> Iterator[Step]:
         """Yield every block, loaded and with its statistics; drop it afterwards.
@@ -130,7 +137,8 @@ class Stream:
             members = [block for block in self.blocks if block.tower == tower]
             self._capture(tower, batches, done, finished)
             for block in members:
-                yield from self._visit(block, batches, needs, finished(block))
+                if block.name not in self.dropped:
+                    yield from self._visit(block, batches, needs, finished(block))
             done.extend(members)
             assert batches[-1].hidden is not None
             self.finals[tower] = batches[-1].hidden
@@ -182,14 +190,15 @@ class Stream:
     @torch.no_grad()
     def _visit(self, block: Block, batches: list[Batch], needs: Needs, ready: Checkpoint | None) -> Iterator[Step]:
         """Load one block, gather unless it is ready, let the caller change it, and pass its outputs on."""
-        self.weights.load(self.weights.sources(block.name), ready)
+        self._load(block, ready)
         if ready is None:
             self.weights.check_reversible(block.name)
         gatherer = Gatherer(block, needs if ready is None else frozenset())
         dense = self._run(block, batches, gatherer)
         # The same observed computation again, so that a resumed run, which only runs, gets the same bits.
         again = lambda: self._run(block, batches, Gatherer(block, frozenset()))  # noqa: E731
-        step = Step(block, gatherer.finish(self.processes), dense, dense, again)
+        inputs = [batch.hidden for batch in batches if batch.hidden is not None]
+        step = Step(block, gatherer.finish(self.processes), dense, dense, again, inputs, self.processes)
         if ready is None:
             yield step
         for batch, hidden in zip(batches, step.outputs, strict=True):
@@ -241,12 +250,20 @@ class Stream:
 
     def _live(self, block: Block, finished: Finished) -> Callable:
         def forward(*args: Any, **kwargs: Any) -> Any:
-            self.weights.load(self.weights.sources(block.name), finished(block))
+            if block.name in self.dropped:
+                tensors = [value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)]
+                return in_form(self.forms[type(block.module)], tensors[0])
+            self._load(block, finished(block))
             result = type(block.module).forward(block.module, *args, **kwargs)
             self.weights.drop(block.module)
             return result
 
         return forward
+
+    def _load(self, block: Block, ready: Checkpoint | None) -> None:
+        """Load a dense block, or one that is ready, with all that its shard holds (a bias may be new)."""
+        own = ready is None or ready is self.weights.checkpoint
+        self.weights.load(self.weights.sources(block.name) if own else ready.tensors, ready)
 
     def _load_embedding(self) -> None:
         """Load what lies outside of blocks and belongs to the base model: all but an untied head."""

@@ -17,6 +17,7 @@ from prunus.trials import Trial, Whole, resident
 from prunus.work import Work
 
 if TYPE_CHECKING:
+    from prunus.methods.shape import Visit
     from prunus.models.checkpoint import Checkpoint
 
 Measure = Callable[[list[Matrix], Mapping[str, SiteStats]], Tensor]
@@ -58,6 +59,33 @@ class Survey:
             walk = self._weights_only if needs <= self.evidence.kinds else self._with_data
             walk(function, needs, names, values)
         return {name: values[name] for name in names}
+
+    @property
+    def blocks(self) -> list[Block]:
+        """All blocks in model order."""
+        return self.stream.blocks
+
+    def visit(self, function: Visit, needs: AnyNeeds = frozenset(), *, text: bool = True) -> dict[str, Tensor]:
+        """Walk the dense model and apply `function` to each block that runs.
+
+        Args:
+            function: `(block with its inputs and outputs, statistics of its matrices) → tensor`.
+            needs: types of statistics.
+            text: False: blocks are run on the probe alone, and nothing is gathered.
+
+        Returns:
+            Block name → value.
+        """
+        values, names = self._stored()
+        dense = self.stream.weights.checkpoint
+        batches = self.batches if text else self.batches[-1:]
+        if len(values) < len(names):
+            self.progress.stage(f"survey {self.passes}", len(names))
+            for step in self.stream.walk(
+                batches, of_inputs(needs), lambda block: dense if block.name in values else None
+            ):
+                self._keep(step.block.name, function(step, self.evidence.of(step, needs)), names, values)
+        return {name: values[name] for name in names if name in values}
 
     def trials(self, trial: Trial, samples: int) -> dict[str, Tensor]:
         """Load the whole dense model and apply `trial` to each block.

@@ -22,7 +22,9 @@ from prunus.memory import available, peak
 TOLERANCE = {"float32": 1e-4, "bfloat16": 5e-2, "float16": 1e-2}
 
 
-def verify(folder: Path, probe: Path, dtype: str, device: str, trust_remote_code: bool = False) -> dict[str, Any]:
+def verify(
+    folder: Path, probe: Path, dtype: str, device: str, trust_remote_code: bool = False, own: bool = False
+) -> dict[str, Any]:
     """Reload in a fresh process and compare.
 
     Args:
@@ -31,6 +33,7 @@ def verify(folder: Path, probe: Path, dtype: str, device: str, trust_remote_code
         dtype: name of the dtype that the run computed in.
         device: where the run computed.
         trust_remote_code: as the run was allowed.
+        own: load by prunus, which takes shapes from the tensors; stock classes have no place for them.
 
     Returns:
         `{"max_difference": …, "relative_difference": …, "tolerance": …, "missing": …, "unexpected": …}`.
@@ -38,7 +41,7 @@ def verify(folder: Path, probe: Path, dtype: str, device: str, trust_remote_code
     Raises:
         FormatError: the folder does not load, or computes something else.
     """
-    order = {"dtype": dtype, "device": device, "trust_remote_code": trust_remote_code}
+    order = {"dtype": dtype, "device": device, "trust_remote_code": trust_remote_code, "own": own}
     command = [sys.executable, "-m", "prunus.verify", str(folder), str(probe), json.dumps(order)]
     environment = {key: value for key, value in os.environ.items() if key not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
     done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
@@ -49,7 +52,8 @@ def verify(folder: Path, probe: Path, dtype: str, device: str, trust_remote_code
     found["tolerance"] = TOLERANCE[dtype]
     if not found["relative_difference"] <= TOLERANCE[dtype] or found["missing"]:
         raise FormatError(
-            f"The pruned checkpoint, loaded by stock transformers, computes other logits than the run did (relative "
+            f"The pruned checkpoint, loaded by {'prunus' if own else 'stock transformers'}, computes other logits than "
+            "the run did (relative "
             f"difference {found['relative_difference']:.2g}, allowed {TOLERANCE[dtype]:.0e}; missing: "
             f"{found['missing'] or 'none'}). Nothing was published; please report this model."
         )
@@ -57,7 +61,13 @@ def verify(folder: Path, probe: Path, dtype: str, device: str, trust_remote_code
 
 
 def compare(
-    folder: Path, probe: Path, dtype: str, device: str, trust_remote_code: bool, memory: int | None = None
+    folder: Path,
+    probe: Path,
+    dtype: str,
+    device: str,
+    trust_remote_code: bool,
+    own: bool = False,
+    memory: int | None = None,
 ) -> dict[str, Any]:
     """Load the folder with stock transformers and compare its logits with the probe's.
 
@@ -67,6 +77,7 @@ def compare(
         dtype: as `verify`.
         device: as `verify`.
         trust_remote_code: as `verify`.
+        own: as `verify`.
         memory: bytes that the weights may take; a larger model is run from disk, by transformers' own offloading.
             None: half of what is available.
     """
@@ -79,10 +90,17 @@ def compare(
     expected = tensors.pop("logits")
     inputs = {name.removeprefix("input."): value.to(device) for name, value in tensors.items()}
     with TemporaryDirectory(dir=probe.parent) as scratch, torch.no_grad():
-        place = _placement(folder, memory or available() // 2, device, Path(scratch))
-        model, info = _stock_class(folder, trust_remote_code).from_pretrained(
-            folder, dtype=getattr(torch, dtype), output_loading_info=True, trust_remote_code=trust_remote_code, **place
-        )
+        if own:
+            model, info = _own(folder, getattr(torch, dtype), torch.device(device), trust_remote_code)
+        else:
+            place = _placement(folder, memory or available() // 2, device, Path(scratch))
+            model, info = _stock_class(folder, trust_remote_code).from_pretrained(
+                folder,
+                dtype=getattr(torch, dtype),
+                output_loading_info=True,
+                trust_remote_code=trust_remote_code,
+                **place,
+            )
         model.config.use_cache = False
         logits = first_output(model.eval()(**inputs)).float().cpu()
     difference = float((logits - expected).abs().max())
@@ -93,6 +111,13 @@ def compare(
         "unexpected": sorted(info["unexpected_keys"]),
         "peak_rss_bytes": peak(),
     }
+
+
+def _own(folder: Path, dtype: Any, device: Any, trust_remote_code: bool) -> tuple[Any, dict[str, list[str]]]:
+    from prunus.models.fitted import load_fitted
+
+    model, unexpected = load_fitted(folder, dtype, device, trust_remote_code)
+    return model, {"missing_keys": [], "unexpected_keys": unexpected}
 
 
 def _stock_class(folder: Path, trust_remote_code: bool) -> Any:

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from prunus.errors import RecipeError
-from prunus.methods import METHODS
+from prunus.methods import ELEMENTWISE as METHODS
 from prunus.methods.elementwise import Elementwise
 from prunus.metrics import METRICS, Wanda
 from prunus.patterns import NM, Unstructured

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from prunus.errors import CalibrationError, ModelError
-from prunus.methods import METHODS
+from prunus.methods import ELEMENTWISE as METHODS
 from prunus.methods.compose import compose
 from prunus.methods.elementwise import Elementwise
 from prunus.metrics import METRICS

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from prunus.errors import RecipeError
 from prunus.factor import UnitDiagonal
-from prunus.methods import METHODS
+from prunus.methods import ELEMENTWISE as METHODS
 from prunus.methods.elementwise import Elementwise
 from prunus.metrics import METRICS, Magnitude, Wanda
 from prunus.patterns import NM, Unstructured

@@ -6,7 +6,7 @@ import pytest
 
 from prunus.allocations import ALLOCATIONS, OWL, Uniform
 from prunus.errors import RecipeError
-from prunus.methods import METHODS
+from prunus.methods import ELEMENTWISE, METHODS
 from prunus.methods.catalogue import rows
 from prunus.methods.compose import compose
 from prunus.metrics import METRICS, OBS, RIA, Wanda
@@ -44,7 +44,7 @@ def test_a_method_composes_to_itself(name):
     assert allocation == Uniform()
 
 
-@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("name", ELEMENTWISE)
 @pytest.mark.parametrize("metric", METRICS)
 @pytest.mark.parametrize("update", UPDATES)
 @pytest.mark.parametrize("pattern", ["unstructured", "2:4"])

@@ -7,7 +7,7 @@ import torch
 
 from prunus.errors import RecipeError
 from prunus.factor import Factor
-from prunus.methods import METHODS
+from prunus.methods import ELEMENTWISE as METHODS
 from prunus.methods.elementwise import Elementwise
 from prunus.metrics import METRICS, OBS
 from prunus.patterns import NM, Unstructured

@@ -8,7 +8,7 @@ import torch
 
 from prunus.allocations import OWL
 from prunus.gradients import LossGradientL1, RegionalGradient
-from prunus.methods import METHODS
+from prunus.methods import ELEMENTWISE as METHODS
 from prunus.metrics import GBLM, METRICS
 from prunus.sites import Matrix, SiteInfo
 from prunus.statistics import Gram, InputNorm, SiteStats

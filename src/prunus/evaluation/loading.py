@@ -59,6 +59,8 @@ def load_model(
     from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM
 
+    from prunus.models.fitted import is_fitted, load_fitted
+
     place = check_device(device)
     kind = check_dtype(dtype, place)
     if is_packed(folder):
@@ -66,6 +68,9 @@ def load_model(
 
         return load_dense(folder, device=device, dtype=dtype)
     trust_remote_code = trust_remote_code or ours(folder)
+    if is_fitted(folder):
+        model, _ = load_fitted(folder, _stored(folder) if kind == "auto" else kind, place, trust_remote_code)
+        return model
     try:
         with quiet():
             loaded: Any = AutoModelForCausalLM.from_pretrained(
@@ -86,3 +91,13 @@ def load_model(
             "transformers would drop them and compute something else. Its config.json does not belong to its weights."
         )
     return model.to(place).eval()
+
+
+def _stored(folder: Path) -> torch.dtype:
+    """The dtype of most tensors in a folder."""
+    from collections import Counter
+
+    from prunus.models.checkpoint import Checkpoint
+
+    found = Counter(stored.dtype for stored in Checkpoint.open(folder).tensors.values())
+    return found.most_common(1)[0][0]

@@ -2,25 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-import numpy
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
 from prunus.errors import FormatError
 from prunus.formats.gguf_layout import Layout
+from prunus.formats.llama_run import run_llama
 
 # Largest allowed difference of a logit, relative to the largest one, by the type of the file. llama.cpp computes f16,
-# bf16 and q8_0 matrices with activations rounded to 16 or 8 bits. Measured on trained models: 1e-5, 1e-3, 8e-3, 2e-2.
+# bf16 and q8_0 matrices with activations rounded to 16 or 8 bits. Measured on trained models: see docs/shapes.md.
 TOLERANCE = {"f32": 1e-3, "f16": 1e-2, "bf16": 5e-2, "q8_0": 1e-1}
 PROMPTS = ("Once upon a time, there was", "The capital of the country is", "In the morning the children")
 GREEDY = 16
+TIE = 0.05
 
 
 def check(file: Path, layout: Layout, source: Path, probe: Path, kind: str) -> dict[str, Any]:
@@ -45,110 +44,80 @@ def check(file: Path, layout: Layout, source: Path, probe: Path, kind: str) -> d
         line = f"{len(layout.tensors)} tensors read back"
         return {"line": line, "notes": [note], "ran": False}
     tensors = load_file(probe)
-    difference = compare_logits(file, tensors["input.input_ids"], tensors["logits"])
+    rows, expected = _greedy(source)
+    texts, logits = run_llama(file, list(PROMPTS), [tensors["input.input_ids"][0].tolist(), *rows])
+    difference = _difference(logits[0], tensors["logits"][0])
     if not difference <= TOLERANCE[kind]:
         raise FormatError(
             f"llama.cpp computes other logits from the file than transformers from {source} (relative difference "
             f"{difference:.2g}, allowed for {kind} {TOLERANCE[kind]:.0e}). Nothing was written; please report it."
         )
-    greedy = compare_greedy(file, source)
-    words = f"{greedy['equal']} of {greedy['tokens']} greedy tokens equal"
-    if greedy["ties"]:
-        words += f", {greedy['ties']} more at near-ties"
+    counts = compare_greedy(rows, expected, texts, logits[1:])
+    words = f"{counts['equal']} of {counts['tokens']} greedy tokens equal"
+    if counts["ties"]:
+        words += f", {counts['ties']} more at near-ties"
     line = f"run by llama.cpp: largest difference of a logit {difference:.1g} of the largest, {words}"
-    return {"line": line, "notes": greedy.pop("notes"), "ran": True, "relative_difference": difference, **greedy}
+    return {"line": line, "notes": [], "ran": True, "relative_difference": difference, **counts}
 
 
-def compare_logits(file: Path, tokens: Tensor, logits: Tensor) -> float:
-    """Largest difference between llama.cpp's logits and those given, relative to the largest of them.
+def compare_greedy(
+    rows: list[list[int]], expected: list[Tensor], texts: list[list[int]], logits: list[Tensor]
+) -> dict[str, int]:
+    """How far llama.cpp chooses the tokens that transformers chose.
+
+    Where they part, the two tokens' logits in transformers are compared: closer than `TIE` of the largest logit they
+    are a near-tie, and the rest of that prompt is not counted.
 
     Args:
-        file: the GGUF file.
-        tokens: int `[1, length]`.
-        logits: `[1, length, vocabulary]`.
-    """
-    with_cpp = run(file, tokens[0].tolist())
-    expected = logits[0].float()
-    return float((with_cpp - expected).abs().max() / expected.abs().max())
-
-
-def run(file: Path, tokens: list[int]) -> Tensor:
-    """llama.cpp's logits `[length, vocabulary]` of a file, with a cache in float32."""
-    model = _open(file)
-    try:
-        model.eval(tokens)
-        return torch.from_numpy(numpy.array(model.scores[: len(tokens)]))
-    finally:
-        model.close()
-
-
-@torch.no_grad()
-def compare_greedy(file: Path, source: Path) -> dict[str, Any]:
-    """Continue `PROMPTS` with both programs, `GREEDY` tokens each.
-
-    Where they part, the two tokens' logits in transformers are compared: within the tolerance of the types it is a
-    near-tie, and the rest of that prompt is not counted.
-
-    Returns:
-        `{"tokens": compared, "equal": of them, "ties": …, "notes": […]}`.
+        rows: prompts with the `GREEDY` tokens that transformers put behind them.
+        expected: transformers' logits `[GREEDY, vocabulary]` of those tokens.
+        texts: llama.cpp's tokens of the prompts.
+        logits: llama.cpp's logits `[length, vocabulary]` of the rows.
 
     Raises:
-        FormatError: they part where there is no tie.
+        FormatError: the prompts are cut otherwise, or the programs part where there is no tie.
     """
-    from prunus.data.tokens import load_tokenizer
-    from prunus.loading import load
-
-    reference, tokenizer = load(source, dtype="float32"), load_tokenizer(source)
-    model = _open(file)
     counts = {"tokens": 0, "equal": 0, "ties": 0}
-    notes: list[str] = []
-    for prompt in PROMPTS:
-        ids = tokenizer(prompt)["input_ids"]
-        theirs = model.tokenize(prompt.encode(), add_bos=True, special=False)
-        if theirs != ids:
-            raise FormatError(f"llama.cpp cuts {prompt!r} into other tokens ({theirs}) than transformers ({ids}).")
-        for wanted, got, gap in _continue(reference, model, ids):
+    for prompt, row, theirs, mine, others in zip(PROMPTS, rows, texts, expected, logits, strict=True):
+        start = len(row) - GREEDY
+        if theirs != row[:start]:
+            raise FormatError(
+                f"llama.cpp cuts {prompt!r} into other tokens ({theirs}) than transformers ({row[:start]})."
+            )
+        for step in range(GREEDY):
+            wanted, got = row[start + step], int(others[start + step - 1].argmax())
             counts["tokens"] += 1
             counts["equal"] += wanted == got
             if wanted != got:
-                if gap > 0.05:
+                gap = float((mine[step, wanted] - mine[step, got]) / mine[step].abs().max())
+                if gap > TIE:
                     raise FormatError(f"llama.cpp continues {prompt!r} with token {got}, transformers with {wanted}.")
                 counts["ties"] += 1
                 break
-    model.close()
-    return {**counts, "notes": notes}
+    return counts
 
 
-def _continue(reference: Any, model: Any, ids: list[int]) -> Iterable[tuple[int, int, float]]:
-    """Token of transformers, token of llama.cpp, and how much of the largest logit lies between them, step by step."""
-    ids = list(ids)
-    for _ in range(GREEDY):
-        logits = reference(input_ids=torch.tensor([ids])).logits[0, -1].float()
-        model.reset()
-        model.eval(ids)
-        got = int(numpy.argmax(model.scores[len(ids) - 1]))
-        wanted = int(logits.argmax())
-        yield wanted, got, float((logits[wanted] - logits[got]) / logits.abs().max())
-        ids.append(wanted)
+@torch.no_grad()
+def _greedy(source: Path) -> tuple[list[list[int]], list[Tensor]]:
+    """Prompts continued by transformers, and the logits that decided."""
+    from prunus.data.tokens import load_tokenizer
+    from prunus.loading import load
+
+    model, tokenizer = load(source, dtype="float32"), load_tokenizer(source)
+    rows, logits = [], []
+    for prompt in PROMPTS:
+        row, chosen = tokenizer(prompt)["input_ids"], []
+        for _ in range(GREEDY):
+            last = model(input_ids=torch.tensor([row]), use_cache=False).logits[0, -1].float()
+            chosen.append(last)
+            row = [*row, int(last.argmax())]
+        rows.append(row)
+        logits.append(torch.stack(chosen))
+    return rows, logits
 
 
-def _open(file: Path) -> Any:
-    import llama_cpp
-
-    llama_cpp.llama_log_set(_silence(), None)
-    try:
-        # 0 is float32: the cache would otherwise be float16 and hide small differences.
-        return llama_cpp.Llama(str(file), n_ctx=256, n_batch=256, logits_all=True, verbose=False, type_k=0, type_v=0)
-    except (ValueError, OSError) as problem:
-        raise FormatError(f"llama.cpp cannot load the file: {problem}. Nothing was written.") from problem
-
-
-@cache
-def _silence() -> Any:
-    """Takes llama.cpp's log lines; kept, for the library holds no reference to it."""
-    from llama_cpp import llama_log_callback
-
-    return llama_log_callback(lambda level, text, data: None)
+def _difference(logits: Tensor, expected: Tensor) -> float:
+    return float((logits - expected.float()).abs().max() / expected.abs().max())
 
 
 def _read_back(file: Path, layout: Layout, kind: str) -> None:

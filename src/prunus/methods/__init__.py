@@ -1,13 +1,20 @@
-"""Methods: published combinations of a metric, a pattern and an update. A new one is a row in `METHODS`."""
+"""Methods: published combinations, of a metric, a pattern and an update or of what removes shapes. One row each."""
 
 from __future__ import annotations
 
+from prunus.methods.depth.depth import Depth
+from prunus.methods.depth.rankings import Angular, BlockInfluence, Greedy, SingleLoss, Taylor, Top
 from prunus.methods.elementwise import Elementwise
+from prunus.methods.shape import Shape
+from prunus.methods.widths.scores import ColumnNorm, Fluctuation, WandaMean
+from prunus.methods.widths.structured import Structured
+from prunus.methods.widths.surgeon import Surgeon
+from prunus.methods.widths.taylor import TaylorScore
 from prunus.metrics import GBLM, OBS, RIA, Magnitude, Regional, Wanda
 from prunus.patterns import Unstructured
 from prunus.updates import ADMM, DSnoT, OBSSweep
 
-METHODS: dict[str, Elementwise] = {
+ELEMENTWISE: dict[str, Elementwise] = {
     "magnitude": Elementwise(Magnitude(), Unstructured("matrix"), paper=Magnitude.paper),
     "wanda": Elementwise(Wanda(), Unstructured("row"), paper=Wanda.paper),
     "sparsegpt": Elementwise(OBS(), Unstructured("matrix"), OBSSweep(), paper=OBSSweep.paper),
@@ -18,4 +25,27 @@ METHODS: dict[str, Elementwise] = {
     "wanda++": Elementwise(Regional(), Unstructured("row"), paper=Regional.paper),
 }
 
-__all__ = ["METHODS", "Elementwise"]
+WIDTHS: dict[str, Structured] = {
+    "flap": Structured(Fluctuation(), bias=True, paper="An et al. 2024, arXiv:2312.11983"),
+    "wanda-sp": Structured(WandaMean(), "UL-UM", sequential=True, paper="An et al. 2024, arXiv:2312.11983"),
+    "magnitude-sp": Structured(ColumnNorm(), "UL-UM", paper="An et al. 2024, arXiv:2312.11983"),
+    "llm-pruner": Structured(TaylorScore(), "local", first=4, last=2, paper="Ma et al. 2023, arXiv:2305.11627"),
+}
+
+DEPTH: dict[str, Depth] = {
+    "top": Depth(Top(), paper="Yuan et al. 2024, arXiv:2402.11700"),
+    "last-quarter": Depth(Top(), share=0.25, paper="Lu et al. 2024, arXiv:2411.15558"),
+    "shortgpt": Depth(BlockInfluence(), paper="Men et al. 2024, arXiv:2403.03853"),
+    "angular": Depth(Angular(), paper="Gromov et al. 2024, arXiv:2403.17887"),
+    "sleb": Depth(Greedy(), paper="Song et al. 2024, arXiv:2402.09025"),
+    "shortened-ppl": Depth(SingleLoss(), first=4, last=2, paper="Kim et al. 2024, arXiv:2402.02834"),
+    "shortened-taylor": Depth(Taylor(), first=4, last=2, paper="Kim et al. 2024, arXiv:2402.02834"),
+}
+
+SURGEON = Surgeon(paper="after Kurtic et al. 2023, arXiv:2302.04089")
+
+SHAPES: dict[str, Shape] = {**WIDTHS, "obs-sp": SURGEON, **DEPTH}
+
+METHODS: dict[str, Elementwise | Shape] = {**ELEMENTWISE, **SHAPES}
+
+__all__ = ["ELEMENTWISE", "METHODS", "SHAPES", "WIDTHS", "Elementwise", "Shape"]

@@ -10,7 +10,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from prunus.allocations import ALLOCATIONS, Allocation
 from prunus.errors import RecipeError, near
-from prunus.methods import METHODS, Elementwise
+from prunus.methods import METHODS, Elementwise, Shape
 from prunus.metrics import METRICS
 from prunus.patterns import parse
 from prunus.updates import UPDATES
@@ -29,7 +29,7 @@ def compose(
     allocation: str = "uniform",
     settings: Mapping[str, Setting] | None = None,
     compat: Literal["exact", "reference"] = "exact",
-) -> tuple[Elementwise, Allocation]:
+) -> tuple[Elementwise | Shape, Allocation]:
     """A method and an allocation, by name.
 
     A hyper-parameter that metric and update both have (`damp`) and that is set for one of them is set for both.
@@ -47,6 +47,9 @@ def compose(
         RecipeError: for an unknown name, setting or value, or if no part knows `compat="reference"`.
     """
     base = _look_up("method", method, METHODS)
+    if isinstance(base, Shape):
+        _refuse_axes(method, metric=metric, update=update, pattern=pattern, allocation=allocation)
+        return shaped(base, settings or {}, compat), ALLOCATIONS["uniform"]
     parts: dict[str, Any] = {
         "metric": base.metric if metric is None else _look_up("metric", metric, METRICS),
         "pattern": parse(pattern) or base.pattern,
@@ -69,13 +72,36 @@ def _look_up(kind: str, name: str, table: Mapping[str, Part]) -> Part:
     return table[name]
 
 
-def _by_axis(settings: Mapping[str, Setting]) -> dict[str, dict[str, Setting]]:
+def _refuse_axes(method: str, **given: str | None) -> None:
+    """See that no other part is asked for with a method that removes whole groups or blocks."""
+    usual = {"pattern": "unstructured", "allocation": "uniform"}
+    for axis, name in given.items():
+        if name != usual.get(axis):
+            raise RecipeError(
+                f"--{axis} {name} has no meaning with {method}, which removes whole groups or blocks and divides the "
+                "sparsity itself. Leave it out."
+            )
+
+
+def shaped(base: Shape, settings: Mapping[str, Setting], compat: str) -> Shape:
+    """A method that makes shapes smaller, with its settings: `method.field`, `score.field`, `ranking.field`."""
+    axes = ("method", *(axis for axis in ("score", "ranking") if axis in _names(base)))
+    wanted = _by_axis(settings, axes)
+    parts = {axis: base if axis == "method" else getattr(base, axis) for axis in axes}
+    if compat != "exact":
+        _ask(compat, wanted, parts)
+    for axis in axes[1:]:
+        base = replace(base, **{axis: _set(axis, parts[axis], wanted[axis])})  # type: ignore[type-var]
+    return _set("method", base, wanted["method"])
+
+
+def _by_axis(settings: Mapping[str, Setting], axes: tuple[str, ...] = _AXES) -> dict[str, dict[str, Setting]]:
     """Settings sorted by axis."""
-    wanted: dict[str, dict[str, Setting]] = {axis: {} for axis in _AXES}
+    wanted: dict[str, dict[str, Setting]] = {axis: {} for axis in axes}
     for key, value in settings.items():
         axis, _, field = key.partition(".")
         if axis not in wanted or not field:
-            raise RecipeError(f"Setting {key!r} must be axis.field, such as update.damp.{near(axis, _AXES)}")
+            raise RecipeError(f"Setting {key!r} must be axis.field, such as update.damp.{near(axis, axes)}")
         wanted[axis][field] = value
     return wanted
 

@@ -12,7 +12,7 @@ from prunus.edits import Sparse
 from prunus.errors import ModelError, RecipeError
 from prunus.metrics.metric import Metric, Scorer
 from prunus.patterns.pattern import Pattern
-from prunus.sites import Matrix
+from prunus.sites import Matrix, SiteInfo
 from prunus.statistics import SiteStats
 from prunus.updates.keep import Keep
 from prunus.updates.update import Update
@@ -102,6 +102,14 @@ class Elementwise:
     def needs(self) -> frozenset[type]:
         """Statistics to gather."""
         return self.metric.needs | self.update.needs
+
+    def check(self, info: SiteInfo) -> None:
+        """See that a matrix fits the pattern.
+
+        Raises:
+            RecipeError: it does not.
+        """
+        self.pattern.check(info)
 
     def prune(self, matrix: Matrix, stats: SiteStats, sparsity: float) -> Sparse:
         """Decide about one matrix.

@@ -7,7 +7,7 @@ they are used in this file alone, and every block is checked: what was loaded, c
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -27,6 +27,9 @@ from transformers.modeling_utils import LoadStateDictConfig
 from prunus.errors import ModelError
 from prunus.memory import release
 from prunus.models.checkpoint import Checkpoint
+
+# Axis of a stored tensor, and the indices that were kept.
+Cut = tuple[int, Tensor]
 
 
 class Weights:
@@ -106,30 +109,40 @@ class Weights:
         """The dtype in which a parameter of the model lies on disk."""
         return next(self.checkpoint.tensors[name].dtype for name in self._members(parameter))
 
-    def export(self, prefix: str, changed: Iterable[str]) -> dict[str, Tensor]:
+    def export(
+        self, prefix: str, changed: Iterable[str], cuts: Mapping[str, Sequence[Cut]] | None = None
+    ) -> dict[str, Tensor]:
         """The tensors below a dotted path as they shall lie on disk, under their original names and dtypes.
 
         Args:
             prefix: dotted path of a loaded block.
             changed: its parameters that differ from the checkpoint; all other tensors are copied as they lie there.
+            cuts: parameter → what was cut from it, for those that have another shape than in the checkpoint.
 
         Raises:
             ModelError: converting back does not give the tensors that were read; nothing can be saved safely then.
         """
         changed = set(changed)
         new = self._reverted(prefix, changed) if changed else {}
+        cut = {name: cuts[target] for name in new if (target := self._target(name)) in cuts} if cuts else {}
         for name, value in new.items():
             stored = self.checkpoint.tensors.get(name)
-            if stored is None or stored.shape != tuple(value.shape):
+            made = stored is None and name.endswith(".bias") and cuts is not None
+            if not made and (stored is None or (stored.shape != tuple(value.shape) and name not in cut)):
                 raise ModelError(
                     f"{prefix}: transformers' conversion gives {name}, which the checkpoint does not hold."
                 )
         # What was changed in the dtype on disk need not be read again.
         kept = [name for name in self.sources(prefix) if name not in new]
-        narrowed = [name for name, value in new.items() if value.dtype != self.checkpoint.tensors[name].dtype]
+        known = self.checkpoint.tensors
+        narrowed = [name for name, value in new.items() if name in known and value.dtype != known[name].dtype]
         tensors = {**dict(self.checkpoint.read(kept)), **{name: value.cpu() for name, value in new.items()}}
         for name, stored in self.checkpoint.read(narrowed):
+            for axis, index in cut.get(name, ()):
+                stored = stored.index_select(axis, index.cpu())
             tensors[name] = _stored_or_new(stored, tensors[name])
+        for name in tensors.keys() - known.keys():  # a bias that was made is stored as its matrix is
+            tensors[name] = tensors[name].to(known[f"{name.removesuffix('bias')}weight"].dtype)
         return {name: value.contiguous() for name, value in tensors.items()}
 
     def check_reversible(self, prefix: str) -> None:
@@ -153,11 +166,25 @@ class Weights:
         """Parameters of a block under their names on disk, in the dtype of the model."""
         plain = {self.targets[name][0]: name for name in self.sources(prefix) if name not in self.converted}
         state = {name: value for name, value in self.model.state_dict().items() if _below(name, prefix)}
+        # A bias that was made lies beside its matrix.
+        for name in parameters - plain.keys():
+            weight = f"{name.removesuffix('bias')}weight"
+            if name.endswith(".bias") and weight in plain and name not in self._made_of:
+                plain[name] = f"{plain[weight].removesuffix('weight')}bias"
         result = {plain[name]: state[name] for name in parameters if name in plain}
         fused = {name: value for name, value in state.items() if name not in plain and value.device.type != "meta"}
         if fused and not parameters <= plain.keys():
             result |= revert_weight_conversion(self.model, fused)
         return result
+
+    @property
+    def _made_of(self) -> set[str]:
+        """Parameters that tensors on disk become."""
+        return {target for targets in self.targets.values() for target in targets}
+
+    def _target(self, name: str) -> str:
+        """The parameter that a tensor on disk becomes, alone."""
+        return self.targets[name][0] if name in self.targets else ""
 
     def _members(self, parameter: str) -> Iterator[str]:
         """Names on disk of the tensors that a parameter is made of."""

@@ -1,0 +1,111 @@
+"""What a method that makes shapes smaller is: it removes whole widths' groups or whole blocks."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Protocol, runtime_checkable
+
+from torch import Tensor
+
+from prunus.edits import Narrow
+from prunus.sites import Block, Kind, SiteInfo
+from prunus.statistics import SiteStats
+from prunus.stream import Step
+
+# `visit(one block, its statistics) -> value`.
+Visit = Callable[[Step, Mapping[str, SiteStats]], Tensor]
+
+
+@dataclass(frozen=True, eq=False)
+class Plan:
+    """What is decided before the first cut.
+
+    Attributes:
+        dropped: names of blocks that go.
+        keep: width → bool `[groups]`, True = kept.
+        count: width → how many groups stay; which ones is decided when its block is reached.
+        facts: width → what was learned about it from the dense model.
+    """
+
+    dropped: frozenset[str] = frozenset()
+    keep: Mapping[str, Tensor] = field(default_factory=dict)
+    count: Mapping[str, int] = field(default_factory=dict)
+    facts: Mapping[str, Any] = field(default_factory=dict)
+
+
+class Blocks(Protocol):
+    """The dense model, as a method may look at it before the first cut: see `prunus.survey.Survey`."""
+
+    @property
+    def blocks(self) -> list[Block]:
+        """All blocks in model order, with their widths."""
+        ...
+
+    def visit(self, function: Visit, needs: frozenset[type] = frozenset(), *, text: bool = True) -> dict[str, Tensor]:
+        """`function` of each block, by block name; without `text` blocks are loaded but not run on it."""
+        ...
+
+    def whole(self, samples: int) -> Any:
+        """The whole dense model in memory, and the losses of so many calibration samples."""
+        ...
+
+    def recall(self, name: str) -> Any:
+        """What `remember` kept under this name, also in an earlier, killed run; None if there is none."""
+        ...
+
+    def remember(self, name: str, value: Any) -> Any:
+        """Keep a JSON value until the run is over."""
+        ...
+
+
+@runtime_checkable
+class Shape(Protocol):
+    """A method that removes whole groups of channels, or whole blocks. A frozen dataclass.
+
+    Attributes:
+        paper: where it was published.
+    """
+
+    paper: str
+
+    @property
+    def touches(self) -> tuple[Kind, ...]:
+        """Kinds of widths that it narrows; none for a method that removes blocks."""
+        ...
+
+    @property
+    def needs(self) -> frozenset[type]:
+        """All statistics that it reads."""
+        ...
+
+    @property
+    def gathers(self) -> frozenset[type]:
+        """Those that it reads while blocks are pruned one after the other."""
+        ...
+
+    def check(self, info: SiteInfo) -> None:
+        """See that a matrix suits the method."""
+        ...
+
+    def plan(self, survey: Blocks, sparsity: float) -> Plan:
+        """Decide what can be decided before the first cut.
+
+        Args:
+            survey: the dense model.
+            sparsity: share of the weights of all blocks' matrices to remove, in [0, 1).
+
+        Raises:
+            RecipeError: the sparsity cannot be reached; says what can.
+        """
+        ...
+
+    def narrow(self, block: Block, stats: Mapping[str, SiteStats], plan: Plan) -> list[Narrow]:
+        """The edits of one loaded block.
+
+        Args:
+            block: with its widths; not changed.
+            stats: of its matrices, those in `gathers`.
+            plan: what `plan` decided.
+        """
+        ...

@@ -1,0 +1,1 @@
+"""Methods that remove groups of heads and neurons."""

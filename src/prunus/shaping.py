@@ -1,0 +1,182 @@
+"""The main job for methods that make shapes smaller: find widths → look → decide → cut, block by block."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from prunus.edits import Narrow, bias_of, blank, narrow, revalue
+from prunus.errors import ModelError
+from prunus.evidence import Evidence, of_inputs
+from prunus.job import Job
+from prunus.methods.shape import Plan, Shape
+from prunus.models.checkpoint import Checkpoint
+from prunus.models.weights import Cut
+from prunus.models.widths_of import NARROWED, attach_widths, difference
+from prunus.output import Output
+from prunus.progress import Progress
+from prunus.ranges import ranges, read_ranges
+from prunus.sites import Block, SiteInfo, Width
+from prunus.stream import Step
+from prunus.survey import Survey
+
+
+def decide(job: Job, method: Shape, output: Output, evidence: Evidence, progress: Progress) -> Plan:
+    """Find the widths, look at the dense model as the method asks, and let it decide.
+
+    Raises:
+        ModelError: the model has no widths of the kinds that the method narrows.
+        RecipeError: the sparsity cannot be reached.
+    """
+    if method.touches:
+        job.warnings.extend(attach_widths(job.stream, job.probe, method.touches))
+    survey = Survey(job.stream, job.batches, job.work, progress, evidence)
+    plan = method.plan(survey, job.recipe.prune.sparsity)
+    job.stream.dropped = plan.dropped
+    output.leave_out(plan.dropped)
+    return plan
+
+
+def cut(
+    job: Job, method: Shape, output: Output, plan: Plan, evidence: Evidence, progress: Progress
+) -> list[dict[str, Any]]:
+    """Cut every block that is not finished; returns the reports of all, dropped ones included."""
+    blocks = [block for block in job.stream.blocks if block.name not in plan.dropped]
+    dense = {block.name: list(block.infos) for block in job.stream.blocks}
+    reports = {block.name: job.processes.agree(output.report(block)) for block in blocks}
+    for block in blocks:
+        if reports[block.name]:
+            restore(block, reports[block.name])
+
+    def finished(block: Block) -> Checkpoint | None:
+        if not reports[block.name]:
+            return None
+        # Where blocks only go, those that stay are as they were; their shards have other numbers in their names.
+        return job.stream.weights.checkpoint if plan.dropped else output.shard(block)
+
+    progress.stage("prune", len(blocks))
+    job.resumed = sum(report is not None for report in reports.values())
+    for _ in range(job.resumed):
+        progress.advance("finished before")
+    batches = job.batches if method.gathers else job.batches[-1:]
+    for step in job.stream.walk(batches, of_inputs(method.gathers), finished):
+        begun = time.monotonic()
+        stats = evidence.of(step, method.gathers) if method.gathers else {}
+        edits = method.narrow(step.block, stats, plan)
+        report = _block(job, step, dense[step.block.name], edits)
+        report["seconds"] = time.monotonic() - begun
+        changed, cuts = _changed(step.block, edits)
+        job.processes.on_first(partial(output.block, step.block, report, changed, cuts))
+        reports[step.block.name] = report
+        progress.advance(step.block.name, error=report["error"])
+    for block in job.stream.blocks:
+        if block.name in plan.dropped:
+            reports[block.name] = _gone(block.name, dense[block.name])
+    return [report for block in job.stream.blocks if (report := reports.get(block.name))]
+
+
+def restore(block: Block, report: Mapping[str, Any]) -> None:
+    """Give a finished block of an earlier call its smaller shapes, before its weights are loaded."""
+    for made in report["biases"]:
+        slot = block.slot(made)
+        rows = slot.info.shape[0]
+        slot.module.bias = nn.Parameter(torch.empty(rows, device="meta"), requires_grad=False)
+    for name, kept in report["kept"].items():
+        width = next(width for width in block.widths if width.name == name)
+        narrow(block, width, read_ranges(kept, width.groups))
+
+
+@torch.no_grad()
+def _block(job: Job, step: Step, dense: list[SiteInfo], edits: list[Narrow]) -> dict[str, Any]:
+    """Narrow one block, check that this computes what masking does, and run it again; returns its report."""
+    block = step.block
+    before = {slot.info.name for slot in block.slots if bias_of(slot) is not None}
+    worst = _cut(job, block, edits) if edits else 0.0
+    matrices = []
+    for info, slot in zip(dense, block.slots, strict=True):
+        gone = info.size - slot.info.size
+        matrices.append({
+            "name": info.name, "shape": list(info.shape), "kept_shape": list(slot.info.shape),
+            "wanted": gone / info.size, "sparsity": gone / info.size, "zeros": gone, "unseen": False,
+        })  # fmt: skip
+    size, gone = sum(info.size for info in dense), sum(matrix["zeros"] for matrix in matrices)
+    share = gone / size if size else 0.0
+    made = [slot.info.name for slot in block.slots if bias_of(slot) is not None and slot.info.name not in before]
+    return {
+        "name": block.name, "sparsity": share, "wanted": share, "error": step.propagate(), "matrices": matrices,
+        "idle": [], "kept": {edit.name: ranges(edit.keep) for edit in edits}, "biases": made, "narrowed": worst,
+    }  # fmt: skip
+
+
+def _cut(job: Job, block: Block, edits: list[Narrow]) -> float:
+    """Cut, and compare with the block masked at its full shape, on the probe.
+
+    Raises:
+        ModelError: they compute different things; nothing sound can be saved then.
+    """
+    probe = job.probe
+    assert probe.hidden is not None
+    inputs = probe.hidden.to(job.device)
+    widths: dict[str, Width] = {width.name: width for width in block.widths}
+    stored = job.stream.weights.dtype
+    for edit in edits:
+        revalue(block, edit, stored)
+        blank(block, widths[edit.name], edit.keep)
+    masked = probe.calls[block.name](block.module, inputs)
+    for edit in edits:
+        narrow(block, widths[edit.name], edit.keep)
+    worst = difference(probe.calls[block.name](block.module, inputs), masked)
+    if not worst <= NARROWED[masked.dtype]:
+        raise ModelError(
+            f"{block.name}: narrowed, it computes something else than masked (relative difference {worst:.2g}, allowed "
+            f"{NARROWED[masked.dtype]:.0e}). Please report this model; --set method.kinds=neurons may do."
+        )
+    return worst
+
+
+def _changed(block: Block, edits: list[Narrow]) -> tuple[set[str], dict[str, list[Cut]]]:
+    """Parameters that differ from the checkpoint, and the cuts of those that are smaller."""
+    changed: set[str] = set()
+    cuts: dict[str, list[Cut]] = {}
+
+    def note(parameter: str, axis: int, kept: Tensor) -> None:
+        changed.add(parameter)
+        cuts.setdefault(parameter, []).append((axis, kept.nonzero().flatten()))
+
+    for edit in edits:
+        width = next(width for width in block.widths if width.name == edit.name)
+        for rows, members in ((True, width.rows), (False, width.columns)):
+            for member in members:
+                slot, kept = block.slot(member.matrix), member.kept(edit.keep)
+                note(slot.parameter, 0 if rows != slot.transposed else 1, kept)
+                if bias_of(slot) is not None:
+                    bias = f"{slot.parameter.rpartition('.')[0]}.bias"
+                    note(bias, 0, kept) if rows else changed.add(bias)
+    return changed, cuts
+
+
+def _gone(name: str, infos: list[SiteInfo]) -> dict[str, Any]:
+    """The report of a block that was dropped."""
+    matrices = [
+        {"name": info.name, "shape": list(info.shape), "kept_shape": [0, 0], "wanted": 1.0, "sparsity": 1.0,
+         "zeros": info.size, "unseen": False}
+        for info in infos
+    ]  # fmt: skip
+    return {
+        "name": name, "sparsity": 1.0, "wanted": 1.0, "error": None, "matrices": matrices, "idle": [], "kept": {},
+        "biases": [], "narrowed": 0.0, "dropped": True,
+    }  # fmt: skip
+
+
+def shapes(reports: list[dict[str, Any]]) -> dict[str, Any]:
+    """What became of the shapes: blocks that went, biases that were made, the largest narrowed - masked difference."""
+    return {
+        "blocks": [report["name"] for report in reports if report.get("dropped")],
+        "biases": sum(len(report["biases"]) for report in reports),
+        "narrowed_difference": max(report["narrowed"] for report in reports),
+    }
