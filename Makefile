@@ -1,4 +1,4 @@
-# make demo    prune a real model and see the result (about five minutes after the installation)
+# make demo    prune a real model and see the result (about seven minutes after the installation)
 # make test    all tests
 # make quick   tests without the slow ones
 # make lint    ruff and pyright
