@@ -1,4 +1,4 @@
-# make demo    prune a real model and see the result (about five minutes after the installation)
+# make demo    prune a real model and see the result (about seven minutes after the installation)
 # make test    all tests
 # make quick   tests without the slow ones
 # make lint    ruff and pyright
@@ -43,10 +43,11 @@ example: $(MODEL)
 	PATH="$(CURDIR)/$(BIN):$$PATH" scripts/example.sh > docs/example.txt
 
 clean:
-	rm -rf $(VENV) $(OUT) .$(OUT).prunus .pytest_cache .ruff_cache .hypothesis
+	rm -f src/prunus/runtime/*.so
+	rm -rf build $(VENV) $(OUT) .$(OUT).prunus .pytest_cache .ruff_cache .hypothesis
 	find src tests benchmarks scripts examples -name __pycache__ -type d -prune -exec rm -rf {} +
 
-$(INSTALLED): pyproject.toml constraints.txt
+$(INSTALLED): pyproject.toml constraints.txt CMakeLists.txt $(wildcard src/prunus/runtime/csrc/*)
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "prunus needs Python 3.11 or newer: make PYTHON=python3.12")'
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[data,dev]'

@@ -6,3 +6,4 @@ import os
 
 # Before PyTorch is imported, and inherited by the processes that tests start.
 os.environ["OMP_NUM_THREADS"] = "1"
+os.environ.setdefault("PRUNUS_THREADS", "1")

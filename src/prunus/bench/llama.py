@@ -65,6 +65,6 @@ def prepare(source: Path, folder: Path, variants: list[str]) -> None:
             continue
         how = llama_cpp.llama_model_quantize_default_params()
         how.ftype, how.nthread = kinds[variant], 1
-        files = [str(folder / f"model-{name}.gguf").encode() for name in ("f16", variant)]
-        if llama_cpp.llama_model_quantize(*files, how):
+        read, made = (str(folder / f"model-{name}.gguf").encode() for name in ("f16", variant))
+        if llama_cpp.llama_model_quantize(read, made, how):
             raise PrunusError(f"llama.cpp could not quantise the model to {variant}.")

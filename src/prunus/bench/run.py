@@ -118,7 +118,7 @@ def bench(
                 if why:
                     raise PrunusError(why)
                 engines[0].name = f"packed-{values}"
-        rows = _measure(engines, setup, _vocabulary(source), progress)
+        rows = _measure(engines, setup, _vocabulary(source), progress, skipped)
     progress.close()
     return {
         "model": str(model), "isa": native.isa, "threads": setup.threads, "values": values,
@@ -200,8 +200,10 @@ def _answer(process: subprocess.Popen[str], name: str) -> dict[str, Any]:
     return json.loads(line)
 
 
-def _measure(engines: list[Engine], setup: Setup, vocabulary: int, progress: Progress) -> list[dict[str, Any]]:
-    """One row for each engine and phase."""
+def _measure(
+    engines: list[Engine], setup: Setup, vocabulary: int, progress: Progress, skipped: list[dict[str, str]]
+) -> list[dict[str, Any]]:
+    """One row for each engine and phase; what dies on the way is skipped, unless it is the first."""
     # Any tokens will do: the time does not depend on which. Small ids are in every vocabulary.
     ids = [3 + 7 * place % max(1, min(vocabulary, 20_000) - 3) for place in range(setup.prompt)]
     orders = {
@@ -211,16 +213,25 @@ def _measure(engines: list[Engine], setup: Setup, vocabulary: int, progress: Pro
     progress.stage("measure", setup.rounds * len(engines) * len(orders))
     seconds: dict[tuple[str, str], list[float]] = {}
     peaks: dict[str, int] = {}
-    for engine in engines:  # once unmeasured: caches, pages, threads
-        engine.ask(phase="decode", ids=ids[:4], tokens=2)
-    for _ in range(setup.rounds):
-        for phase, order in orders.items():
-            for engine in engines:
-                found = engine.ask(phase=phase, **order)
-                each = found["seconds"] / (setup.prompt if phase == "prefill" else 1)
-                seconds.setdefault((engine.name, phase), []).append(each)
+    # Once unmeasured: caches, pages, threads.
+    turns: list[tuple[str, dict[str, Any]]] = [("warm up", {"phase": "decode", "ids": ids[:4], "tokens": 2})]
+    turns += [(phase, {"phase": phase, **order}) for _ in range(setup.rounds) for phase, order in orders.items()]
+    alive = list(engines)
+    for turn, order in turns:
+        for engine in list(alive):
+            try:
+                found = engine.ask(**order)
+            except PrunusError as problem:
+                if engine is engines[0]:
+                    raise
+                alive.remove(engine)
+                skipped.append({"engine": engine.name, "why": str(problem)})
+                continue
+            if turn in orders:
+                each = found["seconds"] / (setup.prompt if turn == "prefill" else 1)
+                seconds.setdefault((engine.name, turn), []).append(each)
                 peaks[engine.name] = found["peak_rss_bytes"]
-                progress.advance(f"{engine.name} {phase}")
+                progress.advance(f"{engine.name} {turn}")
     return [
         {
             "engine": engine.name, "phase": phase, "tokens": order["tokens"],
@@ -230,7 +241,7 @@ def _measure(engines: list[Engine], setup: Setup, vocabulary: int, progress: Pro
             "peak_rss_bytes": peaks[engine.name],
         }
         for phase, order in orders.items()
-        for engine in engines
+        for engine in alive
     ]  # fmt: skip
 
 

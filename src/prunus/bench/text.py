@@ -44,6 +44,5 @@ def doctor_text(result: Mapping[str, Any]) -> str:
         "processors": str(result["processors"]),
         "memory": bytes_text(result["memory_bytes"]),
     }
-    return "\n\n".join(
-        ["Runtime\n" + pairs(runs), "Versions\n" + pairs(result["versions"]), "Extras\n" + pairs(extras)]
-    )
+    parts = {"Runtime": runs, "Versions": result["versions"], "Extras": extras}
+    return "\n\n".join(f"{name}\n{pairs(facts)}" for name, facts in parts.items())

@@ -51,7 +51,8 @@ def load_sparse(folder: Path, native: Native) -> Any:
     """
     packed = PackedFolder.open(folder)
     plain = skeleton(folder)
-    weights = Weights(plain, Restored(packed), torch.device("cpu"))
+    view: Any = Restored(packed)  # looks like a Checkpoint
+    weights = Weights(plain, view, torch.device("cpu"))
     modules = dict(plain.named_modules())
     chosen = {}
     for name, entry in packed.entries.items():

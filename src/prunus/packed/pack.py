@@ -53,7 +53,8 @@ def pack(weight: Tensor, kind: str, order: Tensor | None = None) -> PackedMatrix
         codes, scales = quantize(weight.float(), levels)
         values = codes[mask] if kind == "int8" else _halves(codes, mask)
     stored = None if order is None else order.to(torch.int32)
-    return PackedMatrix(*weight.shape, kind, bits(mask), values, scales, stored)
+    rows, columns = weight.shape
+    return PackedMatrix(rows, columns, kind, bits(mask), values, scales, stored)
 
 
 def quantize_dense(weight: Tensor) -> QuantizedMatrix:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -37,7 +38,7 @@ def engine_weights(folder: Path, values: str = "lossless") -> dict[str, Read]:
     """
     names, read = _packed(folder) if is_packed(folder) else _ordinary(folder, values)
     if values in DENSE:
-        restored = Restored(PackedFolder.open(folder)) if is_packed(folder) else Checkpoint.open(folder)
+        restored: Any = Restored(PackedFolder.open(folder)) if is_packed(folder) else Checkpoint.open(folder)
         plan = layout(folder, restored)
         return {names[name]: _dense(name, tensor, values, plan) for name, tensor in restored.read(names)}
     return {names[name]: found for name, found in read()}
@@ -61,8 +62,12 @@ def _ordinary(folder: Path, values: str) -> tuple[dict[str, str], Callable[[], I
     return names, read
 
 
-def parameters(folder: Path, checkpoint: Checkpoint | Restored) -> dict[str, str]:
+def parameters(folder: Path, checkpoint: Any) -> dict[str, str]:
     """Name on disk -> name of the parameter, for tensors that become one parameter as they are.
+
+    Args:
+        folder: holds the config.json.
+        checkpoint: a `Checkpoint`, or a `Restored` that looks like one.
 
     Raises:
         ModelError: some are merged or split while loading.

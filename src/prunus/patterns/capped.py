@@ -40,7 +40,6 @@ class Capped:
     group: Group = "row"
 
     paper: ClassVar[str] = ""
-    grouped: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         """Check the range.
@@ -59,6 +58,11 @@ class Capped:
     def align(self) -> int:
         """Columns come in whole windows."""
         return self.m
+
+    @property
+    def grouped(self) -> bool:
+        """Windows compete with each other for what the cap leaves."""
+        return False
 
     @property
     def least(self) -> float:

@@ -31,7 +31,6 @@ class Unstructured:
     compat: Compat = "exact"
 
     paper: ClassVar[str] = ""
-    grouped: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         """Check the names.
@@ -47,6 +46,11 @@ class Unstructured:
     def align(self) -> int:
         """Any column may be asked for alone."""
         return 1
+
+    @property
+    def grouped(self) -> bool:
+        """There are no groups of columns."""
+        return False
 
     def keep(self, scores: Tensor, sparsity: float) -> Tensor:
         """The mask `[out, cols]` without the lowest scores. In `exact` the count per group is exact."""

@@ -99,7 +99,7 @@ void mark_blocks(Matrix& matrix, const std::vector<int64_t>& bytes_per_row) {
 Status fill_plain(const Packed& packed, Matrix& matrix, const std::vector<int64_t>& kept) {
     const int64_t width = packed.kind == 0 ? 4 : packed.kind == 1 ? 2 : 1;
     if (!matrix.values.allocate(packed.values_bytes)) return NO_MEMORY;
-    std::memcpy(matrix.values.as<uint8_t>(), packed.values, size_t(packed.values_bytes));
+    if (packed.values_bytes) std::memcpy(matrix.values.as<uint8_t>(), packed.values, size_t(packed.values_bytes));
     if (packed.kind == 2)
         for (int64_t i = 0; i < packed.values_bytes; i++) matrix.values.as<uint8_t>()[i] ^= 0x80;
     std::vector<int64_t> bytes(kept);

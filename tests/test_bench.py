@@ -1,0 +1,124 @@
+"""`bench`, `doctor` and `evaluate --engine packed`: what they measure, and what they leave out and say so."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+import prunus
+from prunus.bench import KINDS
+from prunus.bench.run import Setup, bench
+from prunus.cli import main
+from prunus.errors import PrunusError, RecipeError
+from prunus.runtime.native import available
+
+STORIES = Path(__file__).parent / "assets" / "stories260k"
+KEYS = {
+    "engine", "phase", "tokens", "tokens_per_second", "spread", "bytes_per_token", "file_bytes", "peak_rss_bytes",
+}  # fmt: skip
+
+kernels = pytest.mark.skipif(available() is None, reason="no compiled kernels here")
+
+
+@pytest.fixture(scope="module")
+def packed(tmp_path_factory):
+    place = tmp_path_factory.mktemp("bench")
+    prunus.prune(STORIES, place / "pruned", method="magnitude", sparsity=0.7)
+    prunus.export(place / "pruned", place / "packed", format="packed", type="int8")
+    return place / "packed"
+
+
+@kernels
+def test_every_engine_has_a_row_for_each_phase_and_what_is_missing_is_named(packed, capsys, monkeypatch):
+    monkeypatch.setattr("prunus.bench.run.find_spec", lambda name: None)
+    words = ["--against", "hf-fp32,dense-int8,llama.cpp", "--tokens", "8", "--prompt", "12", "--rounds", "2"]
+    assert main(["bench", str(packed), *words, "--threads", "1", "--json", "-q"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert {(row["engine"], row["phase"]) for row in found["rows"]} == {
+        (engine, phase) for engine in ("packed-int8", "hf-fp32", "dense-int8") for phase in ("prefill", "decode")
+    }
+    assert all(set(row) == KEYS for row in found["rows"])
+    assert all(row["tokens_per_second"] > 0 and row["peak_rss_bytes"] > 10**7 for row in found["rows"])
+    size = {row["engine"]: row["bytes_per_token"] for row in found["rows"]}
+    assert size["packed-int8"] < size["dense-int8"] < size["hf-fp32"]
+    (skipped,) = found["skipped"]
+    assert skipped["engine"] == "llama.cpp"
+    assert "pip install 'prunus[llama]'" in skipped["why"]
+
+
+@kernels
+def test_an_ordinary_folder_is_packed_first_and_the_table_is_readable(packed, capsys):
+    words = ["--against", "", "--values", "int4", "--tokens", "4", "--prompt", "4", "--rounds", "1", "-q"]
+    assert main(["bench", str(packed.parent / "pruned"), *words]) == 0
+    shown = capsys.readouterr().out
+    assert "packed-int4" in shown
+    assert "tokens/s" in shown
+    assert "Medians of 1 rounds" in shown
+
+
+@kernels
+def test_a_baseline_that_dies_or_refuses_is_skipped(packed, monkeypatch, tmp_path):
+    (tmp_path / "dying.py").write_text(
+        "import os\nclass R:\n bytes_per_token = file_bytes = 1\n"
+        " def prefill(self, ids): os._exit(1)\n def decode(self, ids, tokens): return 1.0\n"
+        "def open(folder, variant):\n"
+        " if variant == 'no':\n  from prunus.errors import PrunusError\n  raise PrunusError('it cannot be')\n"
+        " return R()\n"
+    )
+    monkeypatch.setenv("PYTHONPATH", f"{tmp_path}:{Path(prunus.__file__).parent.parent}")
+    kind = type(KINDS["hf-fp32"])
+    monkeypatch.setitem(KINDS, "dying", kind("dying", {"dying": "yes"}))
+    monkeypatch.setitem(KINDS, "refusing", kind("dying", {"refusing": "no"}))
+    found = bench(packed, against=["dying", "refusing"], setup=Setup(tokens=2, prompt=2, rounds=1))
+    assert {item["engine"]: item["why"] for item in found["skipped"]}.keys() == {"dying", "refusing"}
+    assert "it cannot be" in str(found["skipped"])
+    assert {row["engine"] for row in found["rows"]} == {"packed-int8"}
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (["--against", "hf-fp64"], "no baseline 'hf-fp64'"),
+        (["--tokens", "1"], "at least 2"),
+        (["--rounds", "many"], "whole number"),
+        (["--values", "int8"], "packed already"),
+    ],
+    ids=lambda value: value[0] if isinstance(value, list) else None,
+)
+@kernels
+def test_bad_questions_are_refused(words, says, packed, capsys):
+    assert main(["bench", str(packed), *words, "-q"]) == 2
+    assert says in " ".join(capsys.readouterr().err.split())
+
+
+def test_without_kernels_bench_says_so(packed, monkeypatch):
+    monkeypatch.setattr("prunus.runtime.native.available", lambda: None)
+    monkeypatch.setattr("prunus.runtime.native.absence", lambda: "no compiler was there")
+    with pytest.raises(PrunusError, match="no compiler was there"):
+        bench(packed)
+
+
+def test_doctor_says_what_runs(capsys, monkeypatch):
+    assert main(["doctor"]) == 0
+    assert "kernels" in capsys.readouterr().out
+    assert main(["doctor", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["versions"]["prunus"] == prunus.__version__
+    assert (found["isa"] in found["runnable"]) == (available() is not None)
+    monkeypatch.setenv("PRUNUS_ISA", "sse9")
+    assert main(["doctor"]) == 2
+
+
+@kernels
+def test_the_engines_own_perplexity_stands_beside_the_dense_one(packed, capsys):
+    words = ["--engine", "packed", "--baseline", str(packed.parent / "pruned"), "--length", "64", "--windows", "2"]
+    assert main(["evaluate", str(packed), *words, "--json", "-q"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert (found["engine"], found["baseline"]["engine"]) == ("packed", "transformers")
+    assert 1 != found["ratio"] == pytest.approx(1, abs=0.02)
+    with pytest.raises(RecipeError, match="no engine 'tpu'"):
+        from prunus.evaluation.perplexity import evaluate
+
+        evaluate(packed, engine="tpu")
