@@ -11,23 +11,26 @@ from prunus.statistics import Counted, Source
 
 
 class WeightGradient(Counted):
-    """Σ_k |∂L_k/∂W_ij|^power over calibration samples k, float32: what the kinds below have in common.
+    """Σ_k |scale·∂L_k/∂W_ij|^power over calibration samples k, in `dtype`: what the kinds below have in common.
 
     Signs are lost on purpose: gradients of single samples point in all directions and would cancel.
     """
 
     source: ClassVar[Source]
     power: ClassVar[int]
+    # float32: float16 drops increments below 1/2048 of the sum.
+    dtype: ClassVar[torch.dtype] = torch.float32
+    scale: ClassVar[float] = 1.0
 
     def __init__(self, shape: tuple[int, int], device: torch.device | str = "cpu") -> None:
         """Start from no samples; `shape` is `(out, in)`."""
-        self._sum = torch.zeros(shape, dtype=torch.float32, device=device)
+        self._sum = torch.zeros(shape, dtype=self.dtype, device=device)
         super().__init__(device)
 
     @property
     def mean(self) -> Tensor:
-        """(Σ_k |g_k|^power / samples)^(1/power), `[out, in]`: mean of |g|, or root mean square. A fresh tensor."""
-        mean = self._sum / max(self.samples, 1)
+        """(Σ_k |g_k|^power / samples)^(1/power), `[out, in]`, float32: mean of |g|, or root mean square. Fresh."""
+        mean = self._sum.float() / (max(self.samples, 1) * self.scale**self.power)
         return mean.sqrt_() if self.power == 2 else mean
 
     def update(self, gradient: Tensor | None) -> None:
@@ -35,8 +38,8 @@ class WeightGradient(Counted):
         reached = gradient is not None and bool(gradient.any())
         self._count(1, int(reached))
         if gradient is not None:
-            # float32: float16, as published, drops increments below 1/2048 of the sum.
-            self._sum += gradient.float().square() if self.power == 2 else gradient.float().abs()
+            sized = gradient.float().abs() * self.scale
+            self._sum += (sized.square() if self.power == 2 else sized).to(self.dtype)
 
     def finite(self) -> bool:
         """Whether no NaN or infinite gradient has been added."""
@@ -57,6 +60,15 @@ class LossGradientL1(WeightGradient):
 
     source: ClassVar[Source] = "loss"
     power: ClassVar[int] = 1
+
+
+class LossGradientL1Published(WeightGradient):
+    """|∂L/∂W| as GBLM-Pruner's code keeps it: a hundredfold, summed in float16. Only to repeat published results."""
+
+    source: ClassVar[Source] = "loss"
+    power: ClassVar[int] = 1
+    dtype: ClassVar[torch.dtype] = torch.float16
+    scale: ClassVar[float] = 100.0
 
 
 class LossGradientL2(WeightGradient):

@@ -15,6 +15,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 from pydantic_core import PydanticCustomError
 
 from prunus.errors import RecipeError
+from prunus.presets import preset
 from prunus.recipe_errors import explain
 from prunus.recipe_yaml import beside, dump_yaml, read_yaml
 
@@ -95,9 +96,22 @@ def pattern_sparsity(pattern: str) -> float | None:
     return 1 - kept / group
 
 
+def _completed(data: Any) -> Any:
+    """What a preset leaves to be said; the resolved recipe holds it all and names the preset."""
+    if not isinstance(data, Mapping) or not isinstance(data.get("preset"), str):
+        return data
+    try:
+        return preset(data["preset"]).fill(data["preset"], data)
+    except RecipeError as refusal:
+        raise PydanticCustomError("sentence", "{text}", {"text": str(refusal).removesuffix(".")}) from None
+
+
 class PrunePart(_Part):
     """What is removed: metric x pattern x update, divided over the blocks by an allocation."""
 
+    preset: Name | None = Field(
+        default=None, description="fast, balanced or best: a method, an allocation and settings that were measured"
+    )
     method: Name = Field(default="wanda", description="a row of `prunus methods` of kind method")
     metric: Name | None = Field(default=None, description="scores weights by this metric instead of the method's own")
     update: Name | None = Field(
@@ -125,10 +139,10 @@ class PrunePart(_Part):
 
     @model_validator(mode="before")
     @classmethod
-    def _spread_allocation(cls, data: Any) -> Any:
+    def _spread(cls, data: Any) -> Any:
         """`allocation: {name: owl, span: 0.08}` is `allocation: owl` with the setting `allocation.span`."""
         if not isinstance(data, Mapping) or not isinstance(data.get("allocation"), Mapping):
-            return data
+            return _completed(data)
         spread = {f"allocation.{key}": value for key, value in data["allocation"].items() if key != "name"}
         settings = data.get("settings") or {}
         if "name" not in data["allocation"]:
@@ -136,7 +150,7 @@ class PrunePart(_Part):
         twice = sorted(spread.keys() & settings.keys()) if isinstance(settings, Mapping) else ()
         if twice:
             raise PydanticCustomError("sentence", "{key} is given twice; remove one", {"key": twice[0]})
-        return {**data, "allocation": data["allocation"]["name"], "settings": {**settings, **spread}}
+        return _completed({**data, "allocation": data["allocation"]["name"], "settings": {**settings, **spread}})
 
     @model_validator(mode="after")
     def _pattern_fixes_sparsity(self) -> PrunePart:

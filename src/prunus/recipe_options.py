@@ -64,6 +64,11 @@ def _forget(data: dict[str, Any], given: Mapping[str, Any]) -> None:
     prune = data.get("prune")
     if not isinstance(prune, dict):
         return
+    if "preset" in given:  # a whole choice: nothing of the file's own stays
+        for name in ("method", "metric", "update", "allocation", "settings"):
+            prune.pop(name, None)
+    elif "method" in given:
+        prune.pop("preset", None)
     owners = {"method": ("metric.", "update."), "metric": ("metric.",), "update": ("update.",)}
     owners |= {"pattern": ("pattern.",), "allocation": ("allocation.",)}
     dropped = tuple(prefix for name, prefixes in owners.items() if name in given for prefix in prefixes)

@@ -6,12 +6,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from prunus.gradients import LossGradientL1, LossGradientL2, RegionalGradient, WeightGradient
+from prunus.gradients import LossGradientL1, LossGradientL1Published, LossGradientL2, RegionalGradient, WeightGradient
 from prunus.sites import Matrix
 from prunus.statistics import Gram, InputMoments, InputNorm, SiteStats
 
 SAMPLES = 2
-ALL = (InputNorm, InputMoments, Gram, LossGradientL1, LossGradientL2, RegionalGradient)
+ALL = (InputNorm, InputMoments, Gram, LossGradientL1, LossGradientL1Published, LossGradientL2, RegionalGradient)
 
 
 def inputs(tokens: int, features: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> Tensor:

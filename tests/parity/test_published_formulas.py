@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from prunus.allocations import OWL
-from prunus.gradients import LossGradientL1, RegionalGradient
+from prunus.gradients import LossGradientL1, LossGradientL1Published, RegionalGradient
 from prunus.methods import METHODS
 from prunus.metrics import GBLM, METRICS
 from prunus.sites import Matrix, SiteInfo
@@ -53,16 +53,16 @@ def test_wanda(weight, x):
 
 
 @pytest.mark.parametrize(
-    "settings, power, alpha",
+    "settings, power, alpha, rounding",
     [
-        ({}, 1, 100 * 128),
-        ({"norm": "l2"}, 2, 100 * sqrt(128)),
-        ({"compat": "reference"}, 1, 100 * 3),
-        ({"compat": "reference", "norm": "l2"}, 2, 100 * sqrt(3)),
-        ({"alpha": 7.0}, 1, 7.0),
+        ({}, 1, 100 * 128, 1e-5),
+        ({"norm": "l2"}, 2, 100 * sqrt(128), 1e-5),
+        ({"compat": "reference"}, 1, 100 * 3, 3 * 2**-11),  # three sums in float16
+        ({"compat": "reference", "norm": "l2"}, 2, 100 * sqrt(3), 1e-5),
+        ({"alpha": 7.0}, 1, 7.0, 1e-5),
     ],
 )
-def test_gblm(settings, power, alpha, weight, x):
+def test_gblm(settings, power, alpha, rounding, weight, x):
     metric = GBLM(**settings)
     g = torch.randn(SAMPLES, OUT, IN, generator=torch.Generator().manual_seed(2))
     gradient = metric.kind((OUT, IN))
@@ -74,7 +74,17 @@ def test_gblm(settings, power, alpha, weight, x):
         for j in range(IN):
             norm = sqrt(sum(t[k][j] ** 2 for k in range(TOKENS)) / SAMPLES)
             mean = (sum(abs(float(g[k][i][j])) ** power for k in range(SAMPLES)) / SAMPLES) ** (1 / power)
-            assert float(found[i, j]) == pytest.approx(abs(w[i][j]) * (norm + alpha * mean), rel=1e-5)
+            assert float(found[i, j]) == pytest.approx(abs(w[i][j]) * (norm + alpha * mean), rel=rounding)
+
+
+def test_the_published_gradient_is_summed_in_float16(weight):
+    g = torch.randn(9, OUT, IN, generator=torch.Generator().manual_seed(2)) * torch.logspace(0, -4, IN)
+    gradient, wanted = LossGradientL1Published((OUT, IN)), torch.zeros(OUT, IN, dtype=torch.float16)
+    for one in g:
+        gradient.update(one)
+        wanted = wanted + (100 * one.abs()).half()
+    assert not torch.allclose(wanted.float(), 100 * g.abs().sum(0), rtol=1e-5)
+    torch.testing.assert_close(gradient.mean * 900, wanted.float(), rtol=1e-6, atol=0)
 
 
 def test_gblm_with_alpha_0_is_wanda_and_with_a_huge_one_ranks_by_the_gradient(weight, x):

@@ -43,6 +43,12 @@ Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Show no progress.", 
 
 # Values stay text here: the recipe checks them, once, and names the option in its sentence.
 RECIPE: dict[str, OptionInfo] = {
+    "preset": option(
+        "--preset NAME",
+        WHAT,
+        "fast, balanced or best: a method, an allocation and their settings that were measured together (`prunus "
+        "methods`). Instead of --method.",
+    ),
     "method": option(
         "--method NAME",
         WHAT,

@@ -7,8 +7,10 @@ from typing import Any
 
 from prunus.allocations import ALLOCATIONS
 from prunus.methods import METHODS
+from prunus.methods.compose import compose
 from prunus.metrics import METRICS
 from prunus.patterns import NM, Unstructured
+from prunus.presets import PRESETS, Preset
 from prunus.updates import UPDATES
 
 _EXAMPLES = {"unstructured": Unstructured(), "N:M": NM()}
@@ -18,11 +20,20 @@ def rows() -> list[dict[str, Any]]:
     """One row per name, from the registries.
 
     Returns:
-        Dictionaries with `name`, `kind` (method, metric, update, pattern, allocation), `paper` (empty if none),
-        `needs` (names of statistics) and `defaults` (hyper-parameter -> value; for a method the names of its parts).
+        Dictionaries with `name`, `kind` (preset, method, metric, update, pattern, allocation), `paper` (empty if
+        none), `needs` (names of statistics) and `defaults` (hyper-parameter -> value; for a method the names of its
+        parts, for a preset what it stands for).
     """
     kinds = {"method": METHODS, "metric": METRICS, "update": UPDATES, "pattern": _EXAMPLES, "allocation": ALLOCATIONS}
-    return [_row(name, kind, part) for kind, table in kinds.items() for name, part in table.items()]
+    presets = [_preset(name, one) for name, one in PRESETS.items()]
+    return presets + [_row(name, kind, part) for kind, table in kinds.items() for name, part in table.items()]
+
+
+def _preset(name: str, preset: Preset) -> dict[str, Any]:
+    method, allocation = compose(preset.method, allocation=preset.allocation, settings=preset.settings)
+    needs = sorted(statistic.__name__ for statistic in method.needs | allocation.needs)
+    defaults = {"method": preset.method, "allocation": preset.allocation, **preset.settings}
+    return {"name": name, "kind": "preset", "paper": method.paper, "needs": needs, "defaults": defaults}
 
 
 def _row(name: str, kind: str, part: Any) -> dict[str, Any]:

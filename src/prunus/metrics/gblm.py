@@ -9,7 +9,7 @@ from typing import ClassVar, Literal, get_args
 from torch import Tensor
 
 from prunus.errors import RecipeError, near
-from prunus.gradients import LossGradientL1, LossGradientL2
+from prunus.gradients import LossGradientL1, LossGradientL1Published, LossGradientL2, WeightGradient
 from prunus.metrics.magnitude import magnitude
 from prunus.metrics.metric import Scorer
 from prunus.statistics import InputNorm, SiteStats
@@ -61,9 +61,11 @@ class GBLM:
         return frozenset({InputNorm, self.kind})
 
     @property
-    def kind(self) -> type[LossGradientL1] | type[LossGradientL2]:
+    def kind(self) -> type[WeightGradient]:
         """The gradient that `norm` names."""
-        return LossGradientL1 if self.norm == "l1" else LossGradientL2
+        if self.norm == "l2":
+            return LossGradientL2
+        return LossGradientL1 if self.compat == "exact" else LossGradientL1Published
 
     def __call__(self, weight: Tensor, stats: SiteStats) -> Scorer:
         """Scores `[out, cols]`, float32. Without a token: |W|."""

@@ -25,7 +25,6 @@ _STIRS = 0.005  # change of the support below which the first rho is too high: i
 _LOWERINGS = 3  # divisions by 5 at most
 _GROWTH = ((0.1, 1.3), (0.005, 1.2), (0.0, 1.1))  # more than this share has changed -> rho grows by this factor
 _HIGHEST = 1e6  # of rho
-_REFIT = LeastSquares(tolerance=1e-4)  # cheap beside the search
 
 
 @dataclass(frozen=True)
@@ -47,11 +46,13 @@ class ADMM:
         steps: of the search at most, at least 1; 300 as in the paper.
         rho: penalty to begin with, above 0; 0.1 as in the paper. Divided by 5 if it holds the first support fast.
         damp: fraction of the mean diagonal of H added to the diagonal, in [0, 1]; 0.01 as in the paper.
+        tolerance: of the refit, as `lsq` has it: relative excess loss at which a row is done, in (0, 1).
     """
 
     steps: int = 300
     rho: float = 0.1
     damp: float = 0.01
+    tolerance: float = 1e-4
 
     paper: ClassVar[str] = "Meng et al. 2024, arXiv:2406.07831"
     needs: ClassVar[frozenset[type]] = frozenset({Gram})
@@ -67,6 +68,7 @@ class ADMM:
         if not 0 < self.rho < float("inf"):
             raise RecipeError(f"update.rho is {self.rho:g}; it must be above 0 (the paper begins with 0.1).")
         check_damp("update.damp", self.damp)
+        LeastSquares(tolerance=self.tolerance)  # checks it
 
     def __call__(self, weight: Tensor, choose: Choose, stats: SiteStats) -> tuple[Tensor, Tensor]:
         """The refitted weight `[out, in]` in float32 or better, +0.0 where pruned, and the mask.
@@ -89,7 +91,7 @@ class ADMM:
         mask = cut(found)
         # A row that is kept whole needs no change; the search leaves rounding there.
         start = zeroed(found, mask).sub_(dense).mul_(~mask.all(1, keepdim=True))
-        change = refit(unit, start, mask, _REFIT)
+        change = refit(unit, start, mask, LeastSquares(tolerance=self.tolerance))
         return zeroed(given + change.div_(unit.scale), mask), mask
 
     def _search(self, dense: Tensor, hessian: Tensor, cut: Cut, first: Tensor, site: str) -> Tensor:

@@ -1,0 +1,73 @@
+"""Presets: whole choices under one word, as the experiment of docs/choose.md found them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from prunus.errors import RecipeError, near
+
+# What a preset decides alone: another metric with its update would be another choice under the same word.
+_ITS_OWN = ("method", "metric", "update")
+
+
+@dataclass(frozen=True)
+class Preset:
+    """A method with its settings and an allocation.
+
+    Attributes:
+        purpose: when to take it, in a few words.
+        method: a key of `METHODS`.
+        allocation: a key of `ALLOCATIONS`.
+        settings: as in a recipe.
+    """
+
+    purpose: str
+    method: str
+    allocation: str = "uniform"
+    settings: Mapping[str, str | int | float | bool] = field(default_factory=dict)
+
+    def fill(self, name: str, asked: Mapping[str, Any]) -> dict[str, Any]:
+        """What was asked, completed by the preset.
+
+        Args:
+            name: of the preset.
+            asked: the `prune` part of a recipe. Another allocation, pattern or setting than the preset's stands.
+
+        Raises:
+            RecipeError: if another method, metric or update was asked for too.
+        """
+        own = {"method": self.method, "metric": None, "update": None}
+        for axis in _ITS_OWN:
+            if asked.get(axis) not in (None, own[axis]):
+                raise RecipeError(
+                    f"preset {name} is method {self.method} and contradicts {axis} {asked[axis]!r}; leave one out"
+                )
+        allocation = asked.get("allocation") or self.allocation
+        settings = {
+            key: value
+            for key, value in self.settings.items()
+            if allocation == self.allocation or not key.startswith("allocation.")
+        }
+        given = {key: value for key, value in asked.items() if value is not None}
+        return {**given, "method": self.method, "allocation": allocation,
+                "settings": {**settings, **(asked.get("settings") or {})}}  # fmt: skip
+
+
+PRESETS: dict[str, Preset] = {
+    "fast": Preset("one pass over a little text, no matrix is inverted", "wanda"),
+    "balanced": Preset("most of the quality for little more time than SparseGPT", "sparsegpt"),
+    "best": Preset("the least loss, in some three times the time of SparseGPT", "alps"),
+}
+
+
+def preset(name: str) -> Preset:
+    """The preset of this name.
+
+    Raises:
+        RecipeError: there is none; the message has the nearest name.
+    """
+    if name not in PRESETS:
+        raise RecipeError(f"there is no preset {name!r}.{near(name, PRESETS)}")
+    return PRESETS[name]
