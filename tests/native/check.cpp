@@ -95,7 +95,7 @@ void layouts(const Kernels& kernels, Pool& pool) {
     for (const auto& shape : shapes)
         for (const double density : {0.0, 0.3, 1.0})
             for (int32_t kind = 0; kind < 4; kind++)
-                for (int32_t layout = 0; layout < (kind < 2 ? 1 : 3); layout++) {
+                for (int32_t layout = 0; layout < (kind < 2 ? 1 : 4); layout++) {
                     std::unique_ptr<Matrix> matrix;
                     const Sample made = sample(shape[0], shape[1], kind, density, shape[0] % 2);
                     require(build(made.packed(), layout, matrix) == OK, "build");
@@ -131,7 +131,7 @@ void damage(const Kernels& kernels, Pool& pool, int turns) {
             if (what == 7 && !made.order.empty()) made.order[noise() % made.order.size()] = int32_t(noise());
         }
         std::unique_ptr<Matrix> matrix;
-        if (build(made.packed(), int32_t(noise() % 3), matrix) != OK) {
+        if (build(made.packed(), int32_t(noise() % 4), matrix) != OK) {
             refused++;
             continue;
         }

@@ -10,17 +10,14 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from prunus.errors import ModelError, RecipeError
-from prunus.packed.matrix import PackedMatrix, QuantizedMatrix
+from prunus.errors import RecipeError
 from prunus.runtime import plan
-from prunus.runtime.kernels import DenseLinear, Handle, Linear
-from prunus.runtime.native import MATRICES, LayerStruct, ModelStruct, Native, absence, available, require
-from prunus.runtime.plan import Architecture, Block, Norm, NotCovered
+from prunus.runtime.assembly import Parts, Weight, assemble
+from prunus.runtime.native import Native, absence, available, require
+from prunus.runtime.plan import NotCovered
 
 # Longer contexts must be asked for: memory for keys and values is set aside for all of it.
 CONTEXT = 8192
-
-Weight = Tensor | PackedMatrix | QuantizedMatrix
 
 
 def covers(model: PreTrainedConfig | PreTrainedModel) -> str | None:
@@ -81,8 +78,8 @@ class Engine:
         self._architecture = architecture = plan.read(config)
         self.context = _context(context, architecture.longest)
         self._kept: list[object] = []  # tensors and matrices whose addresses the library holds
-        parts = _Parts(self._native, weights, rounded, layout, self._kept)
-        self._struct = _model(architecture, parts, self.context)
+        parts = Parts(self._native, weights, rounded, layout, self._kept)
+        self._struct = assemble(architecture, parts, self.context)
         self.vocabulary = self._struct.vocabulary
         pointer = ctypes.c_void_p()
         library = self._native.library
@@ -198,123 +195,6 @@ class Engine:
                 f"{before + len(tokens)} tokens and {more} new ones do not fit the context of {self.context} ({cure}). "
                 "Shorten the prompt or ask for fewer new tokens."
             )
-
-
-class _Parts:
-    """Weights by name, each handed to the library once."""
-
-    def __init__(
-        self, native: Native, weights: Mapping[str, Weight], rounded: bool, layout: str | None, kept: list[object]
-    ) -> None:
-        self._native, self._weights, self._rounded, self._layout, self._kept = native, weights, rounded, layout, kept
-        self._handles: dict[tuple[str, bool], Handle] = {}
-        self._tables: dict[str, tuple[Tensor, Tensor]] = {}
-
-    def has(self, name: str) -> bool:
-        """Whether a weight of this name was given."""
-        return name in self._weights
-
-    def matrix(self, name: str, rows: bool = False) -> Handle:
-        """The matrix of a module; `rows`: single rows are read from it, as from an embedding."""
-        key = f"{name}.weight", rows
-        if key not in self._handles:
-            weight = self._weight(key[0])
-            if isinstance(weight, PackedMatrix):
-                made = Linear(weight, self._native, rounded=self._rounded and not rows, layout=self._layout)
-            else:
-                made = DenseLinear(weight, self._native)
-                self._handles[key[0], not rows] = made
-            self._handles[key] = made
-            self._kept.append(made)
-        return self._handles[key]
-
-    def vector(self, name: str, size: int, offset: float = 0.0) -> int:
-        """Address of a vector of float32 with an offset added.
-
-        Raises:
-            ModelError: it is missing or of another size.
-        """
-        weight = self._weight(name)
-        if not isinstance(weight, Tensor) or weight.shape != (size,):
-            raise ModelError(f"{name} must be a vector of {size} numbers.")
-        return self.keep(weight.detach().to("cpu", torch.float32) + offset)
-
-    def bias(self, name: str, size: int) -> int | None:
-        """Address of a module's bias, None if it has none."""
-        return self.vector(f"{name}.bias", size) if self.has(f"{name}.bias") else None
-
-    def keep(self, tensor: Tensor) -> int:
-        """Address of a tensor that lives as long as the engine."""
-        tensor = tensor.contiguous()
-        self._kept.append(tensor)
-        return tensor.data_ptr()
-
-    def tables(self, kind: str, architecture: Architecture, context: int) -> tuple[Tensor, Tensor]:
-        """Cosines and sines of a kind of layer."""
-        if kind not in self._tables:
-            self._tables[kind] = architecture.rotary[kind](context)
-        return self._tables[kind]
-
-    def _weight(self, name: str) -> Weight:
-        if name not in self._weights:
-            raise ModelError(f"The model's weights lack {name}; copy or export it again.")
-        return self._weights[name]
-
-
-def _model(architecture: Architecture, parts: _Parts, context: int) -> ModelStruct:
-    embedding = parts.matrix(architecture.embedding, rows=True)
-    given = "lm_head" if parts.has("lm_head.weight") else architecture.head
-    head = parts.matrix(given)
-    blocks = [_layer(block, architecture, parts, embedding.columns, context) for block in architecture.blocks]
-    layers = (LayerStruct * len(blocks))(*blocks)
-    return ModelStruct(
-        layers=layers,
-        layer_count=len(blocks),
-        hidden=embedding.columns,
-        vocabulary=embedding.rows,
-        context=context,
-        embedding=embedding.pointer,
-        head=head.pointer,
-        norm=_norm(architecture.norm, embedding.columns, parts),
-        head_bias=parts.bias(given, head.rows),
-        norm_eps=architecture.norm.eps,
-        embedding_scale=architecture.embedding_scale,
-        logit_softcap=architecture.logit_softcap,
-    )
-
-
-def _layer(block: Block, architecture: Architecture, parts: _Parts, hidden: int, context: int) -> LayerStruct:
-    """One layer; numbers of heads follow from its matrices, which may differ from layer to layer."""
-    matrices = {name: parts.matrix(block.matrices[name]) for name in MATRICES}
-    for name in ("q", "k"):
-        if matrices[name].rows % block.head_dim:
-            raise ModelError(f"{block.matrices[name]} has {matrices[name].rows} rows, no multiple of {block.head_dim}.")
-    sizes = dict.fromkeys(block.norms, hidden) | {"q_norm": block.head_dim, "k_norm": block.head_dim}
-    cos, sin = parts.tables(block.rotary, architecture, context)
-    epsilons = {norm.eps for name, norm in block.norms.items() if name not in ("q_norm", "k_norm")}
-    if len(epsilons) > 1:
-        raise NotCovered(f"The norms of {block.norms['attention_norm'].name} and its layer have different epsilons.")
-    return LayerStruct(
-        **{name: matrix.pointer for name, matrix in matrices.items()},
-        **{f"{name}_bias": parts.bias(block.matrices[name], matrix.rows) for name, matrix in matrices.items()},
-        **{name: _norm(norm, sizes[name], parts) for name, norm in block.norms.items()},
-        cos=parts.keep(cos),
-        sin=parts.keep(sin),
-        heads=matrices["q"].rows // block.head_dim,
-        kv_heads=matrices["k"].rows // block.head_dim,
-        head_dim=block.head_dim,
-        rotary=cos.shape[1],
-        window=block.window,
-        norm_eps=epsilons.pop(),
-        qk_eps=block.norms["q_norm"].eps if "q_norm" in block.norms else 0.0,
-        scale=block.scale,
-        softcap=block.softcap,
-        activation=block.activation,
-    )
-
-
-def _norm(norm: Norm, size: int, parts: _Parts) -> int:
-    return parts.vector(norm.name, size, norm.offset)
 
 
 def _free(library: ctypes.CDLL, pointer: int, kept: list[object]) -> None:

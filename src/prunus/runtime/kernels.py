@@ -15,7 +15,7 @@ from prunus.runtime.native import Native, PackedStruct
 
 KINDS = {name: number for number, name in enumerate(DTYPES)}
 DENSE_KINDS = {torch.float32: 0, torch.bfloat16: 1, torch.int8: 2}
-FLOAT_INPUT, BITMAP, WINDOWS = range(3)
+FLOAT_INPUT, BITMAP, WINDOWS, FASTER = range(4)
 
 
 class Handle:
@@ -85,8 +85,7 @@ class Linear(Handle):
         tensors = _tensors(packed)
         how = FLOAT_INPUT
         if rounded and packed.kind in ("int8", "int4"):
-            faster = "bitmap" if native.expands else "windows"
-            how = BITMAP if (layout or faster) == "bitmap" else WINDOWS
+            how = {"bitmap": BITMAP, "windows": WINDOWS}[layout] if layout else FASTER if native.expands else WINDOWS
         struct = PackedStruct(
             packed.rows, packed.columns, KINDS[packed.kind],
             *_address(tensors["bitmap"]), *_address(tensors["values"]),
@@ -118,13 +117,14 @@ class DenseLinear(Handle):
             values = values.float()
         values = values.detach().to("cpu").contiguous()
         scales = None if scales is None else scales.detach().to("cpu", torch.float16).contiguous()
+        rows, columns = values.shape
         struct = PackedStruct(
-            *values.shape, DENSE_KINDS[values.dtype], None, 0, *_address(values), *_address(scales, count=True)
+            rows, columns, DENSE_KINDS[values.dtype], None, 0, *_address(values), *_address(scales, count=True)
         )
         pointer = ctypes.c_void_p()
         status = native.library.prunus_dense(ctypes.byref(struct), ctypes.byref(pointer))
         native.check(status, f"A dense matrix {tuple(values.shape)}")
-        super().__init__(*values.shape, native, pointer.value)
+        super().__init__(rows, columns, native, pointer.value)
 
 
 def quantize(weight: Tensor) -> QuantizedMatrix:

@@ -119,7 +119,8 @@ class Native:
         handle: of the pool and the chosen kernels; lives as long as the process.
         isa: instruction set that was chosen.
         threads: of the pool, the calling one included.
-        expands: quantised values are read straight from bitmaps; else windows of 16 columns are built from them.
+        expands: one instruction expands bytes by a bitmap, so quantised values may be read straight from bitmaps; else
+            windows of 16 columns are always built from them.
     """
 
     library: ctypes.CDLL

@@ -12,6 +12,8 @@ float row_f32(const uint64_t* words, int64_t chunks, const float* x, const uint8
     __m512 a = _mm512_setzero_ps(), b = a, c = a, d = a;
     for (int64_t chunk = 0; chunk < chunks; chunk++, x += CHUNK) {
         const uint64_t word = words[chunk];
+        ahead(values);
+        ahead(values + 16);
         const uint32_t k0 = word & 0xffff, k1 = word >> 16 & 0xffff, k2 = word >> 32 & 0xffff, k3 = uint32_t(word >> 48);
         const int n0 = _mm_popcnt_u32(k0), n1 = n0 + _mm_popcnt_u32(k1), n2 = n1 + _mm_popcnt_u32(k2);
         a = _mm512_fmadd_ps(_mm512_maskz_expand_ps(__mmask16(k0), _mm512_loadu_ps(values)), _mm512_loadu_ps(x), a);
@@ -33,6 +35,7 @@ float row_bf16(const uint64_t* words, int64_t chunks, const float* x, const uint
     __m512 a = _mm512_setzero_ps(), b = a, c = a, d = a;
     for (int64_t chunk = 0; chunk < chunks; chunk++, x += CHUNK) {
         const uint64_t word = words[chunk];
+        ahead(values);
         const int n = _mm_popcnt_u32(uint32_t(word));
         const __m512i low = _mm512_maskz_expand_epi16(__mmask32(word), _mm512_loadu_si512(values));
         const __m512i high = _mm512_maskz_expand_epi16(__mmask32(word >> 32), _mm512_loadu_si512(values + n));
@@ -53,6 +56,7 @@ float row_f32(const uint64_t* words, int64_t chunks, const float* x, const uint8
     __m256 sum[2] = {_mm256_setzero_ps(), _mm256_setzero_ps()};
     for (int64_t chunk = 0; chunk < chunks; chunk++) {
         uint64_t word = words[chunk];
+        ahead(values);
         for (int part = 0; part < 8; part++, word >>= 8, x += 8) {
             const uint8_t mask = uint8_t(word);
             const auto* position = reinterpret_cast<const __m128i*>(TABLES.position[mask]);
@@ -74,6 +78,7 @@ float row_bf16(const uint64_t* words, int64_t chunks, const float* x, const uint
     __m256 a = _mm256_setzero_ps(), b = a;
     for (int64_t chunk = 0; chunk < chunks; chunk++) {
         uint64_t word = words[chunk];
+        ahead(values);
         for (int part = 0; part < 4; part++, word >>= 16, x += 16) {
             const uint8_t first = uint8_t(word), second = uint8_t(word >> 8);
             const __m128i low = _mm_shuffle_epi8(_mm_loadu_si128(reinterpret_cast<const __m128i*>(values)),
@@ -179,6 +184,8 @@ template <bool NIBBLES> void rows_rounded(const Matrix& matrix, const Input& in,
             __m512 part = _mm512_setzero_ps();
             const int64_t end = chunk + 2 < matrix.chunks ? chunk + 2 : matrix.chunks;
             for (; chunk < end; chunk++) {
+                ahead(at);
+                ahead(words + chunk);
                 const __m512i weights = expand<NIBBLES>(words[chunk], at);
                 const __m512i start = _mm512_loadu_si512(offset + chunk * CHUNK / 4);
                 const __m512i dot = _mm512_dpbusd_epi32(start, weights, _mm512_loadu_si512(in.q + chunk * CHUNK));

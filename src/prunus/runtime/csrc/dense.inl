@@ -7,8 +7,10 @@ void rows_f32(const Matrix& matrix, const float* x, float* y, int64_t first, int
     for (int64_t row = first; row < last; row++) {
         const float* w = matrix.values.as<float>() + row * width;
         vf sum[4] = {};
-        for (int64_t i = 0; i < width; i += 4 * LANES)
+        for (int64_t i = 0; i < width; i += 4 * LANES) {
+            for (int j = 0; j < 4 * LANES; j += 16) ahead(w + i + j);
             for (int j = 0; j < 4; j++) sum[j] += load(w + i + j * LANES) * load(x + i + j * LANES);
+        }
         y[row] = total((sum[0] + sum[1]) + (sum[2] + sum[3]));
     }
 }
@@ -19,13 +21,15 @@ void rows_bf16(const Matrix& matrix, const float* x, float* y, int64_t first, in
     for (int64_t row = first; row < last; row++) {
         const uint16_t* w = matrix.values.as<uint16_t>() + row * width;
         vf sum[4] = {};
-        for (int64_t i = 0; i < width; i += 4 * LANES)
+        for (int64_t i = 0; i < width; i += 4 * LANES) {
+            for (int j = 0; j < 4 * LANES; j += 32) ahead(w + i + j);
             for (int j = 0; j < 4; j += 2) {
                 vi pair;
                 memcpy(&pair, w + i + j * LANES, sizeof pair);
                 sum[j] += (vf)(pair << 16) * load(x + i + j * LANES);
                 sum[j + 1] += (vf)(pair & int32_t(0xffff0000u)) * load(x + i + (j + 1) * LANES);
             }
+        }
         y[row] = total((sum[0] + sum[1]) + (sum[2] + sum[3]));
     }
 }
@@ -41,6 +45,7 @@ void rows_i8(const Matrix& matrix, const Input& in, float* y, int64_t first, int
             __m512 part = _mm512_setzero_ps();
             const int64_t end = chunk + 2 < matrix.chunks ? chunk + 2 : matrix.chunks;
             for (; chunk < end; chunk++) {
+                ahead(w + chunk * CHUNK);
                 const __m512i start = _mm512_loadu_si512(in.minus128 + chunk * CHUNK / 4);
                 const __m512i dot = _mm512_dpbusd_epi32(start, _mm512_loadu_si512(w + chunk * CHUNK),
                                                         _mm512_loadu_si512(in.q + chunk * CHUNK));
@@ -65,6 +70,7 @@ void rows_i8(const Matrix& matrix, const Input& in, float* y, int64_t first, int
             __m256 part = _mm256_setzero_ps();
             const int64_t end = chunk + 2 < matrix.chunks ? chunk + 2 : matrix.chunks;
             for (; chunk < end; chunk++, w += 2, q += 2) {
+                ahead(w);
                 // |w| * (q with the sign of w): two products fit into 16 bits, as neither is larger than 128 * 127.
                 const __m256i a = _mm256_xor_si256(_mm256_loadu_si256(w), flip);
                 const __m256i b = _mm256_xor_si256(_mm256_loadu_si256(w + 1), flip);

@@ -144,7 +144,8 @@ void expand_codes(const Packed& packed, const Matrix& matrix, int64_t row, const
 }
 
 Status fill_windows(const Packed& packed, Matrix& matrix, const std::vector<int64_t>& kept) {
-    const int32_t slots = choose_slots(matrix.bitmap.as<uint64_t>(), matrix.rows, matrix.chunks, packed.kind == 3);
+    double cost;
+    const int32_t slots = choose_slots(matrix.bitmap.as<uint64_t>(), matrix.rows, matrix.chunks, packed.kind == 3, cost);
     matrix.slots = slots;
     const int64_t stride = windows_stride(matrix);
     if (!matrix.values.allocate(matrix.blocks() * stride)) return NO_MEMORY;
@@ -175,13 +176,25 @@ Status fill_windows(const Packed& packed, Matrix& matrix, const std::vector<int6
     return OK;
 }
 
-Status fill(const Packed& packed, Matrix& matrix) {
+// Expanding bitmaps takes as long as reading this many bytes per weight, however few they hold (measured with AVX-512).
+constexpr double EXPAND_COST = 0.47;
+
+bool windows_are_faster(const Matrix& matrix, bool nibbles) {
+    double windows;
+    choose_slots(matrix.bitmap.as<uint64_t>(), matrix.rows, matrix.chunks, nibbles, windows);
+    const double density = double(matrix.kept) / double(matrix.rows * matrix.columns);
+    return windows < std::max(EXPAND_COST, 0.125 + density * (nibbles ? 0.5 : 1.0));
+}
+
+Status fill(const Packed& packed, Matrix& matrix, bool choose) {
     std::vector<int64_t> kept(size_t(packed.rows), 0);
     Status status = read_bitmap(packed, matrix, kept);
     if (status != OK) return status;
     if (packed.values_bytes != expected_bytes(packed, kept) || (packed.values_bytes && !packed.values)) return BAD_LENGTH;
     if (packed.kind >= 2 && (status = read_scales(packed, matrix)) != OK) return status;
     if ((status = read_order(packed, matrix)) != OK) return status;
+    const bool nibbles = packed.kind == 3;
+    if (choose && windows_are_faster(matrix, nibbles)) matrix.layout = nibbles ? W16_I4 : W16_I8;
     if (matrix.layout == W16_I8 || matrix.layout == W16_I4) return fill_windows(packed, matrix, kept);
     return packed.kind == 3 ? fill_nibbles(packed, matrix, kept) : fill_plain(packed, matrix, kept);
 }
@@ -208,11 +221,17 @@ void decode_chunk(const Matrix& matrix, uint64_t word, float scale, const uint8_
 
 void decode_dense(const Matrix& matrix, int64_t row, float* out) {
     const int64_t width = matrix.padded(), first = row * width;
-    for (int64_t i = 0; i < width; i++) {
-        if (matrix.layout == DENSE_F32) out[i] = matrix.values.as<float>()[first + i];
-        if (matrix.layout == DENSE_BF16) out[i] = bf16_to_float(matrix.values.as<uint16_t>()[first + i]);
-        if (matrix.layout == DENSE_I8)
-            out[i] = float(int(matrix.values.as<uint8_t>()[first + i]) - 128) * scale_of(matrix, row, i / GROUP);
+    if (matrix.layout == DENSE_F32) std::memcpy(out, matrix.values.as<float>() + first, size_t(width) * 4);
+    if (matrix.layout == DENSE_BF16) {
+        const uint16_t* from = matrix.values.as<uint16_t>() + first;
+        for (int64_t i = 0; i < width; i++) out[i] = bf16_to_float(from[i]);
+    }
+    if (matrix.layout != DENSE_I8) return;
+    const uint8_t* from = matrix.values.as<uint8_t>() + first;
+    for (int64_t group = 0; group < matrix.groups; group++) {
+        const float scale = scale_of(matrix, row, group);
+        const int64_t end = std::min((group + 1) * GROUP, width);
+        for (int64_t i = group * GROUP; i < end; i++) out[i] = float(int(from[i]) - 128) * scale;
     }
 }
 
@@ -296,7 +315,7 @@ void decode_rows(const Matrix& matrix, int64_t first, int64_t count, float* out)
 }
 
 Status build(const Packed& packed, int32_t layout, std::unique_ptr<Matrix>& out) try {
-    if (packed.kind < 0 || packed.kind > 3 || layout < 0 || layout > 2 || !packed.bitmap) return BAD_ARGUMENT;
+    if (packed.kind < 0 || packed.kind > 3 || layout < 0 || layout > 3 || !packed.bitmap) return BAD_ARGUMENT;
     if (packed.bitmap_bytes < 0 || packed.values_bytes < 0) return BAD_ARGUMENT;
     if (packed.kind < 2 && layout != 0) return BAD_ARGUMENT;
     auto matrix = std::make_unique<Matrix>();
@@ -304,7 +323,7 @@ Status build(const Packed& packed, int32_t layout, std::unique_ptr<Matrix>& out)
     if (status != OK) return status;
     matrix->quantised_input = layout > 0;
     matrix->layout = layout == 2 ? (packed.kind == 2 ? W16_I8 : W16_I4) : Layout(BMP_F32 + packed.kind);
-    const Status filled = fill(packed, *matrix);
+    const Status filled = fill(packed, *matrix, layout == 3);
     if (filled == OK) out = std::move(matrix);
     return filled;
 } catch (const std::bad_alloc&) {

@@ -114,7 +114,8 @@ struct Packed {
     int64_t order_count;
 };
 
-// `layout`: 0 = float activations from bitmaps, 1 = int8 activations from bitmaps, 2 = int8 activations from windows.
+// `layout`: 0 = float activations from bitmaps, 1 = int8 activations from bitmaps, 2 = int8 activations from windows, 3 =
+// that of 1 and 2 which is faster where bytes are expanded by one instruction.
 Status build(const Packed& packed, int32_t layout, std::unique_ptr<Matrix>& out);
 
 // `kind`: 0 fp32, 1 bf16, 2 int8 with one scale per 128 columns; bitmap and order are not used.

@@ -69,28 +69,36 @@ inline void push(const Lists& lists, int64_t list, uint8_t id, float value) {
     lists.value[list * LIST + count] = value;
 }
 
-inline int nibble(const uint8_t* bytes, int index, int half) {
-    return index < half ? bytes[index % half] & 15 : bytes[index % half] >> 4;
+// The slots of one quad (EACH = 4 for a row) or pair (2): values, then ids.
+template <int EACH, bool NIBBLES>
+inline void list_slots(const Matrix& matrix, const uint8_t* at, int64_t base, int64_t group, int64_t rows,
+                       const float* scale, const Lists& lists) {
+    constexpr int HALF = EACH * 8;
+    const uint8_t* ids = at + (NIBBLES ? HALF : 2 * HALF);
+    for (int i = 0; i < 2 * HALF && i / EACH < rows; i++) {
+        const int shift = i < HALF ? 0 : 4, place = i & (HALF - 1);
+        const int code = NIBBLES ? (at[place] >> shift & 15) - 8 : int(int8_t(at[i]));
+        if (!code) continue;
+        const int id = ids[place] >> shift & 15;
+        push(lists, i / EACH * matrix.groups + group, uint8_t(base + id), float(code) * scale[i / EACH]);
+    }
 }
 
 // The same from windows: one quad or pair at a time.
-void list_windows(const Matrix& matrix, int64_t first, int64_t last, const Lists& lists) {
-    const bool nibbles = matrix.layout == W16_I4;
+template <bool NIBBLES> void list_windows(const Matrix& matrix, int64_t first, int64_t last, const Lists& lists) {
     const uint8_t* at = matrix.values.as<uint8_t>() + matrix.start[size_t(first / BLOCK)];
+    const int64_t rows = last - first, size = quad_values(NIBBLES);
+    float scale[BLOCK] = {};
     for (int64_t list = 0; list < BLOCK * matrix.groups; list++) lists.count[list] = 0;
-    for (int64_t window = 0; window < matrix.padded() / WINDOW; window++)
-        for (int slot = 0; slot < matrix.slots; slot += 4) {
-            const int each = matrix.slots - slot >= 4 ? 4 : 2, half = each * 8;
-            const int64_t size = nibbles ? half : 2 * half, group = window * WINDOW / GROUP;
-            for (int i = 0; i < 2 * half; i++) {
-                const int code = nibbles ? nibble(at, i, half) - 8 : int(int8_t(at[i]));
-                const int64_t row = i / each, column = window * WINDOW % GROUP + nibble(at + size, i, half);
-                if (code && first + row < last)
-                    push(lists, row * matrix.groups + group, uint8_t(column),
-                         float(code) * half_value(*scales_at(matrix, first + row, group)));
-            }
-            at += size + half;
-        }
+    for (int64_t window = 0; window < matrix.padded() / WINDOW; window++) {
+        const int64_t base = window * WINDOW % GROUP, group = window * WINDOW / GROUP;
+        for (int64_t row = 0; row < rows && base == 0; row++) scale[row] = half_value(*scales_at(matrix, first + row, group));
+        for (int slot = 0; slot + 4 <= matrix.slots; slot += 4, at += size + 32)
+            list_slots<4, NIBBLES>(matrix, at, base, group, rows, scale, lists);
+        if (matrix.slots % 4 == 0) continue;
+        list_slots<2, NIBBLES>(matrix, at, base, group, rows, scale, lists);
+        at += size / 2 + 16;
+    }
     if (matrix.overflow.empty()) return;
     for (int64_t row = first; row < last; row++)
         for (int64_t i = matrix.overflow_start[size_t(row)]; i < matrix.overflow_start[size_t(row) + 1]; i++) {
@@ -150,8 +158,10 @@ void multiply(const Matrix& matrix, bool dense, const float* x, int64_t tiles, f
         const int64_t end = block + BLOCK < last ? block + BLOCK : last, rows = end - block;
         if (dense)
             decode_rows(matrix, block, rows, lists.value);
-        else if (matrix.layout >= W16_I8)
-            list_windows(matrix, block, end, lists);
+        else if (matrix.layout == W16_I8)
+            list_windows<false>(matrix, block, end, lists);
+        else if (matrix.layout == W16_I4)
+            list_windows<true>(matrix, block, end, lists);
         else
             list_bitmap(matrix, block, end, lists);
         for (int64_t tile = 0; tile < tiles; tile++) {

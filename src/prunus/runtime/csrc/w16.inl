@@ -39,6 +39,8 @@ struct Sums {
 };
 
 template <bool NIBBLES> inline void quad(const uint8_t*& at, __m256i table, Sums& sums) {
+    ahead(at);
+    ahead(at + quad_values(NIBBLES));
     const __m256i ones = _mm256_set1_epi16(1), ids = load256(at + quad_values(NIBBLES));
     const __m256i q_low = _mm256_shuffle_epi8(table, low_nibbles(ids));
     const __m256i q_high = _mm256_shuffle_epi8(table, high_nibbles(ids));

@@ -36,7 +36,7 @@ uint8_t get_nibble(const uint8_t* bytes, int index, int half) {
 
 }  // namespace
 
-int32_t choose_slots(const uint64_t* bitmap, int64_t rows, int64_t chunks, bool nibbles) {
+int32_t choose_slots(const uint64_t* bitmap, int64_t rows, int64_t chunks, bool nibbles, double& bytes) {
     int64_t windows[WINDOW + 1] = {};
     for (int64_t i = 0; i < rows * chunks; i++)
         for (int part = 0; part < 4; part++) windows[__builtin_popcountll(bitmap[i] >> (16 * part) & 0xffff)]++;
@@ -51,6 +51,7 @@ int32_t choose_slots(const uint64_t* bitmap, int64_t rows, int64_t chunks, bool 
             least = cost;
         }
     }
+    bytes = least / double(rows * chunks * CHUNK);
     return best;
 }
 

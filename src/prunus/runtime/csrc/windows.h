@@ -21,8 +21,8 @@ inline int64_t windows_stride(const Matrix& matrix) {
     return matrix.padded() / WINDOW * window_bytes(matrix.slots, matrix.layout == W16_I4);
 }
 
-// The number of slots whose bytes and overflow cost least.
-int32_t choose_slots(const uint64_t* bitmap, int64_t rows, int64_t chunks, bool nibbles);
+// The number of slots whose bytes and overflow cost least, and what they cost in bytes per weight.
+int32_t choose_slots(const uint64_t* bitmap, int64_t rows, int64_t chunks, bool nibbles, double& bytes);
 
 void clear_ids(Matrix& matrix);
 void put_slot(Matrix& matrix, int64_t row, int64_t column, int32_t slot, int8_t code);
