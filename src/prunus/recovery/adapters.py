@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
-from typing import TYPE_CHECKING, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -50,7 +50,7 @@ def surround(
     """
     generator = torch.Generator().manual_seed(student.seed)
     for block, slot in chosen(student, targets):
-        device = slot.module.weight.device
+        device = slot.matrix().weight.device
         form, parameters = make(block, slot, generator)
         bits = student.masks.bits(slot.info, device)
         module = Effective(slot, bits, form, parameters)
@@ -84,7 +84,7 @@ def _fits(slot: Slot, glob: str) -> bool:
 def low_rank(slot: Slot, rank: int, generator: torch.Generator) -> dict[str, Tensor]:
     """A by Kaiming, B zero: the product begins at zero."""
     rows, columns = slot.info.shape
-    device = slot.module.weight.device
+    device = slot.matrix().weight.device
     return {"A": kaiming(rank, columns, generator, device), "B": torch.zeros(rows, rank, device=device)}
 
 
@@ -152,7 +152,7 @@ class ScaleLoRA(Around):
         """Around every target."""
 
         def make(block: Block, slot: Slot, random: torch.Generator) -> tuple[Form, dict[str, Tensor]]:
-            a, b = ones(self.rank, slot.info.shape, self.spread, random, slot.module.weight.device)
+            a, b = ones(self.rank, slot.info.shape, self.spread, random, slot.matrix().weight.device)
             return Scaled(), {"A": a, "B": b}
 
         surround(student, self.targets, make)
@@ -183,7 +183,7 @@ class SPP(Around):
 
         def make(block: Block, slot: Slot, random: torch.Generator) -> tuple[Form, dict[str, Tensor]]:
             rows, columns = slot.info.shape
-            device = slot.module.weight.device
+            device = slot.matrix().weight.device
             a = kaiming(self.rank, columns, random, device)
             return RowsTimesColumns(self.scale), {"A": a, "b": torch.zeros(rows, 1, device=device)}
 
@@ -214,7 +214,8 @@ class Head:
     def attach(self, student: Student) -> None:
         """Around the head, and around the embeddings if both are to change."""
         model = student.model
-        head, embeddings = model.get_output_embeddings(), model.get_input_embeddings()
+        head: Any = model.get_output_embeddings()
+        embeddings: Any = model.get_input_embeddings()
         tied = head.weight is embeddings.weight
         if tied and self.tied == "skip":
             student.notes.append(
@@ -244,8 +245,8 @@ class Head:
         """Add the update, once to each tensor."""
         done: set[int] = set()
         for path, module in list(student.model.named_modules()):
-            if isinstance(module, Beside) and id(module.base_layer.weight) not in done:
-                done.add(id(module.base_layer.weight))
+            if isinstance(module, Beside) and id(module.weight) not in done:
+                done.add(id(module.weight))
                 module.merge()
                 student.merged.add(f"{path}.weight")
 
@@ -256,7 +257,8 @@ class Beside(nn.Module):
     def __init__(self, module: nn.Module, a: nn.Parameter, b: nn.Parameter, scale: float):
         """Take over a module; `a` `[rank, width]` and `b` `[vocabulary, rank]` may be shared with another."""
         super().__init__()
-        self.base_layer, self.A, self.B, self.scale = module, a, b, scale
+        self.A, self.B, self.scale = a, b, scale
+        self.base_layer: Any = module
 
     @property
     def weight(self) -> Tensor:

@@ -83,6 +83,7 @@ class Effective(nn.Module):
         super().__init__()
         self.slot, self.form = slot, form
         self.base_layer = slot.module
+        self.bits: Tensor
         self.register_buffer("bits", bits, persistent=False)
         self.names = list(parameters)
         for name, value in parameters.items():

@@ -10,7 +10,7 @@ from torch import nn
 from transformers import TrainerCallback
 
 from prunus.errors import RecipeError
-from prunus.recovery.parameters import Norms, inside, train_in_place
+from prunus.recovery.parameters import Embeddings, Norms, Output, inside, train_in_place
 from prunus.recovery.student import Student
 
 if TYPE_CHECKING:
@@ -61,8 +61,8 @@ class Lisa:
                 student.train(value)
         Norms().attach(student)
         if self.embeddings:
-            student.train(student.model.get_input_embeddings().weight)
-            student.train(student.model.get_output_embeddings().weight)
+            Embeddings().attach(student)
+            Output().attach(student)
 
     def callbacks(self, student: Student) -> list[TrainerCallback]:
         """The rotation."""

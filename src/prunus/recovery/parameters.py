@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -86,7 +86,7 @@ def _create(student: Student) -> None:
                 f"{slot.info.name} cannot be given a bias: the configuration of {type(student.model).__name__} has no "
                 "flag for it, so that no stock class would load it. Use norms or masklora."
             )
-        bias = nn.Parameter(torch.zeros(slot.info.shape[0], device=slot.module.weight.device))
+        bias = nn.Parameter(torch.zeros(slot.info.shape[0], device=slot.matrix().weight.device))
         slot.module.register_parameter("bias", bias)
         student.added[f"{slot.info.name}.bias"] = bias
         student.config[flag] = True
@@ -119,7 +119,8 @@ class Embeddings(Own):
 
     def attach(self, student: Student) -> None:
         """Train them."""
-        student.train(student.model.get_input_embeddings().weight)
+        embeddings: Any = student.model.get_input_embeddings()
+        student.train(embeddings.weight)
 
 
 @dataclass(frozen=True)
@@ -130,7 +131,8 @@ class Output(Own):
 
     def attach(self, student: Student) -> None:
         """Train it."""
-        student.train(student.model.get_output_embeddings().weight)
+        head: Any = student.model.get_output_embeddings()
+        student.train(head.weight)
 
 
 @dataclass(frozen=True)

@@ -93,7 +93,7 @@ class Ongoing(TrainerCallback):
     def __init__(self, part: PRILoRA, student: Student):
         """Give every adapter a running norm of its inputs, which is saved and resumed with it."""
         self.part = part
-        self.adapters = [module for module in student.model.modules() if isinstance(module, Effective)]
+        self.adapters: list[Any] = [module for module in student.model.modules() if isinstance(module, Effective)]
         for module in self.adapters:
             module.register_buffer("norm", torch.zeros(module.slot.info.shape[1], device=module.A.device))
             module.register_forward_pre_hook(self._watch)
@@ -105,7 +105,7 @@ class Ongoing(TrainerCallback):
                 prune_rows(module.A, module.norm, self.part.share)
 
     @torch.no_grad()
-    def _watch(self, module: Effective, args: tuple[Any, ...]) -> None:
+    def _watch(self, module: Any, args: tuple[Any, ...]) -> None:
         """‖x_j‖₂ over the tokens of this pass, smoothed: c̄ ← β·c̄ + (1 - β)·c; not while judging."""
         if module.training:
             squares = args[0].flatten(0, -2).float().square().sum(0)

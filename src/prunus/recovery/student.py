@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -179,7 +179,7 @@ def row_losses(logits: Tensor, labels: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def probe_logits(model: PreTrainedModel, inputs: dict[str, Tensor]) -> Tensor:
+def probe_logits(model: PreTrainedModel, inputs: Mapping[str, Tensor]) -> Tensor:
     """The model's first output on named inputs, float32 on the CPU."""
     training = model.training
     model.eval()

@@ -92,10 +92,14 @@ class Loop(Trainer):
     def _get_num_items_in_batch(self, batch_samples: list, device: Any) -> Tensor:
         count = sum((batch["labels"][:, 1:] != -100).sum() for batch in batch_samples)
         counted = torch.as_tensor(count, device=device)
-        return self.accelerator.gather(counted).sum() if self.accelerator.num_processes > 1 else counted
+        if self.accelerator.num_processes == 1:
+            return counted
+        everywhere: Any = self.accelerator.gather(counted)
+        return everywhere.sum()
 
     def _get_train_sampler(self, train_dataset: Any = None) -> SequentialSampler:
-        return SequentialSampler(self.train_dataset if train_dataset is None else train_dataset)
+        rows: Any = self.train_dataset if train_dataset is None else train_dataset
+        return SequentialSampler(rows)
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
         assert output_dir is not None
@@ -141,6 +145,11 @@ class Watch(TrainerCallback):
     started: float = 0.0
 
     @property
+    def warm(self) -> int:
+        """Steps in which the learning rate rises."""
+        return math.ceil(self.course.warmup * self.course.steps)
+
+    @property
     def log(self) -> Path:
         """One JSON object a line: step, seconds, loss, lr, heldout."""
         return self.job.work.training / "log.jsonl"
@@ -154,7 +163,7 @@ class Watch(TrainerCallback):
         judged = [(line["heldout"], line["step"]) for line in lines if line["heldout"] is not None]
         loss, step = min([(self.before, 0), *judged])
         self.best = {"loss": loss, "step": step}
-        self.worse = sum(1 for _, when in judged if when > step)
+        self.worse = sum(1 for _, when in judged if when > max(step, self.warm))
         if state.is_world_process_zero:
             self.log.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
             if step == 0:
@@ -208,7 +217,7 @@ class Watch(TrainerCallback):
             self.best, self.worse = {"loss": loss, "step": step}, 0
             if self.job.processes.rank == 0:
                 save_state(self.student, self.job.work.training / "best.safetensors")
-        else:
+        elif step > self.warm:  # before, the rate still rises, and nothing is to be expected
             self.worse += 1
         if 0 < self.job.part.patience <= self.worse:
             self.stopped = f"stopped after step {step}: {self.worse} judgements in a row without a better one"
