@@ -266,3 +266,16 @@ def test_other_families_come_back_too(family: str, names: list[str] | None, tmp_
         assert [part["name"] for part in parts(result)] == names * len(result["training"]["blocks"])
     whole = any("as a whole" in text for text in result["warnings"])
     assert whole == (names == ["block"])
+
+
+def test_steps_are_those_of_each_part_and_a_batch_may_take_several_passes(
+    half: Path, usual: dict, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert {part["steps"] for part in parts(usual)} == {8}
+    at_once = prunus.recover(half, tmp_path / "once", **QUICK, steps=2, batch=8)
+    assert {part["steps"] for part in parts(at_once)} == {2}
+    monkeypatch.setattr(local, "BATCH_TOKENS", 2 * QUICK["length"])
+    in_pieces = prunus.recover(half, tmp_path / "pieces", **QUICK, steps=2, batch=8)
+    for one, other in zip(parts(at_once), parts(in_pieces), strict=True):
+        assert other["after"] == pytest.approx(one["after"], rel=0.02)
+    assert in_pieces["loss"]["after"] == pytest.approx(at_once["loss"]["after"], abs=0.02)
