@@ -79,8 +79,8 @@ class Walk:
         return {
             # In front of a part and behind it, of both models.
             "hidden states": 4 * tokens * model.config.get_text_config().hidden_size * size,
-            # Pruned, dense and as given; gradients, two moments and a copy in float32; masks.
-            "blocks": block * (3 * size + 16 + 1),
+            # Pruned, dense, as given and as begun with; gradients, two moments and a copy in float32; masks.
+            "blocks": block * (4 * size + 16 + 1),
             "sums over inputs": 3 * 4 * inputs,
             "activations": 2 * BATCH_TOKENS * features * size,
         }
@@ -142,7 +142,7 @@ class Walk:
     def _say(self, facing: Facing, found: Rebuilt) -> None:
         """What the user should know about a part."""
         where = f"{facing.block.name}.{facing.part.name}".rstrip(".")
-        if found.fitted.diverged is not None:
+        if found.fitted.diverged is not None and not found.fitted.share:
             text = f"{where}: the loss was not finite in step {found.fitted.diverged + 1}; a lower --lr would help."
         elif found.given:
             text = f"{where}: nothing was gained, it stays as it was; a lower --lr or more --samples would help."

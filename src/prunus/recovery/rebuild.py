@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -29,6 +29,12 @@ STARTS = {"refit": Refit(), "scales": Rescaled()}
 
 # An error above this is no error of pruning: the model has come apart.
 BROKEN = 1e6
+
+# Parts of the learning rate that are tried in turn until one makes a part better than it began.
+SHARES = (1.0, 0.2)
+
+# One lesson of so many is looked at to see whether one does.
+FEW = 4
 
 
 @dataclass
@@ -56,7 +62,7 @@ class Rebuilt:
         """JSON values."""
         return {
             "before": self.before, "after": self.after, "steps": len(self.fitted.losses), "trainable": self.trainable,
-            "diverged": self.fitted.diverged, "as_given": self.given,
+            "rate_share": self.fitted.share, "diverged": self.fitted.diverged, "as_given": self.given,
         }  # fmt: skip
 
 
@@ -73,9 +79,9 @@ def rebuild(how: Reconstruct, job: RecoveryJob, facing: Facing, lessons: Sequenc
     Raises:
         ModelError: the hidden states of the pruned model are not finite.
     """
-    module, part, device = facing.block.module, facing.part, job.device
+    part, device = facing.part, job.device
     stored = _stored(facing, how)
-    old = [value.detach().clone() for value in stored.values()]
+    given = _copies(stored)
     with part.alone():
         stats, first, before = _gather(how, facing, lessons, device)
         if not before < BROKEN:
@@ -85,19 +91,52 @@ def rebuild(how: Reconstruct, job: RecoveryJob, facing: Facing, lessons: Sequenc
             )
         _start(how, job, facing, stats)
         del stats
-        trainable = _trainable(how, job, facing)
-        schedule = how.schedule(job, len(lessons), together)
-        fitted = (
-            fit(module, lessons, trainable, list(stored.values()), schedule, device) if schedule.steps else Fitted()
-        )
-        count = _count(trainable) if schedule.steps else sum(_kept(job, facing))
         _round(job, facing, stored)
-        found, after = outputs(module, lessons, device)
-        if after <= before:
+        fitted, found, after = _trained(how, job, facing, lessons, together)
+        count = _count(_trainable(how, job, facing))
+        if after < before:
             return Rebuilt(before, after, found, count, fitted, given=False)
-    for value, former in zip(stored.values(), old, strict=True):
-        value.copy_(former)
+    _put(stored, given)
     return Rebuilt(before, before, first, count, fitted, given=True)
+
+
+def _trained(
+    how: Reconstruct, job: RecoveryJob, facing: Facing, lessons: Sequence[Lesson], together: int
+) -> tuple[Fitted, list[Tensor], float]:
+    """Train, at a lower rate if that made it worse than it began, and not at all if that does too.
+
+    Whether it did is seen from a few of the lessons, since another pass over all of them is not cheap.
+
+    Returns:
+        The losses of the training that was kept, the outputs of all lessons, and the error.
+    """
+    module, device, stored = facing.block.module, job.device, _stored(facing, how)
+    schedule, start = how.schedule(job, len(lessons), together), _copies(stored)
+    few = lessons[: -(-len(lessons) // FEW)]
+    least = sum(outputs(module, few, device)[1])
+    fitted = Fitted()
+    for share in SHARES if schedule.steps else ():
+        slower = replace(schedule, lr=schedule.lr * share)
+        fitted = fit(module, lessons, _trainable(how, job, facing), list(stored.values()), slower, device)
+        _round(job, facing, stored)
+        found, errors = outputs(module, lessons, device)
+        if sum(errors[: len(few)]) <= least:
+            fitted.share = share
+            return fitted, found, sum(errors)
+        _put(stored, start)
+    found, errors = outputs(module, lessons, device)
+    return fitted, found, sum(errors)
+
+
+def _copies(stored: dict[str, nn.Parameter]) -> list[Tensor]:
+    return [value.detach().clone() for value in stored.values()]
+
+
+@torch.no_grad()
+def _put(stored: dict[str, nn.Parameter], copies: list[Tensor]) -> None:
+    """Write the copies back."""
+    for value, former in zip(stored.values(), copies, strict=True):
+        value.copy_(former)
 
 
 def _stored(facing: Facing, how: Reconstruct) -> dict[str, nn.Parameter]:
@@ -122,7 +161,7 @@ def _gather(
         for lesson in lessons:
             gatherer.begin(len(lesson.inputs))
             one, more = outputs(block.module, [lesson], device)
-            found, lost = found + one, lost + more
+            found, lost = found + one, lost + sum(more)
     return gatherer.finish(Processes()), found, lost
 
 
@@ -169,10 +208,6 @@ def _count(trainable: Trainable) -> int:
         sizes = zip(part.parameters, masks, strict=True)
         total += sum(value.numel() if mask is None else int(mask.sum()) for value, mask in sizes)
     return total
-
-
-def _kept(job: RecoveryJob, facing: Facing) -> list[int]:
-    return [int(job.masks.keep(slot.info.name).sum()) for slot in facing.part.slots]
 
 
 @torch.no_grad()
