@@ -279,3 +279,10 @@ def test_steps_are_those_of_each_part_and_a_batch_may_take_several_passes(
     for one, other in zip(parts(at_once), parts(in_pieces), strict=True):
         assert other["after"] == pytest.approx(one["after"], rel=0.02)
     assert in_pieces["loss"]["after"] == pytest.approx(at_once["loss"]["after"], abs=0.02)
+
+
+def test_too_little_memory_is_said_before_any_work(half: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("prunus.recovery.job.available", lambda: 100_000)
+    with pytest.raises(RecipeError, match="--samples"):
+        prunus.recover(half, tmp_path / "out", **QUICK)
+    assert not list(tmp_path.iterdir())

@@ -83,7 +83,8 @@ def rebuild(how: Reconstruct, job: RecoveryJob, facing: Facing, lessons: Sequenc
     stored = _stored(facing, how)
     given = _copies(stored)
     with part.alone():
-        stats, first, before = _gather(how, facing, lessons, device)
+        stats, first, shares = _gather(how, facing, lessons, device)
+        before = sum(shares)
         if not before < BROKEN:
             raise ModelError(
                 f"{facing.block.name}: behind {part.name or 'it'} the hidden states of the pruned model are not finite "
@@ -92,7 +93,13 @@ def rebuild(how: Reconstruct, job: RecoveryJob, facing: Facing, lessons: Sequenc
         _start(how, job, facing, stats)
         del stats
         _round(job, facing, stored)
-        fitted, found, after = _trained(how, job, facing, lessons, together)
+        # A few of the lessons tell how it stands; another pass over all of them is not cheap.
+        few = -(-len(lessons) // FEW)
+        least = sum(outputs(facing.block.module, lessons[:few], device)[1])
+        if not least <= sum(shares[:few]):  # what is best for every matrix alone need not be for all together
+            _put(stored, given)
+            least = sum(shares[:few])
+        fitted, found, after = _trained(how, job, facing, lessons, together, least)
         count = _count(_trainable(how, job, facing))
         if after < before:
             return Rebuilt(before, after, found, count, fitted, given=False)
@@ -101,26 +108,25 @@ def rebuild(how: Reconstruct, job: RecoveryJob, facing: Facing, lessons: Sequenc
 
 
 def _trained(
-    how: Reconstruct, job: RecoveryJob, facing: Facing, lessons: Sequence[Lesson], together: int
+    how: Reconstruct, job: RecoveryJob, facing: Facing, lessons: Sequence[Lesson], together: int, least: float
 ) -> tuple[Fitted, list[Tensor], float]:
     """Train, at a lower rate if that made it worse than it began, and not at all if that does too.
 
-    Whether it did is seen from a few of the lessons, since another pass over all of them is not cheap.
+    `least` is the error that it begins with, over the first of the lessons, one in `FEW`.
 
     Returns:
         The losses of the training that was kept, the outputs of all lessons, and the error.
     """
     module, device, stored = facing.block.module, job.device, _stored(facing, how)
     schedule, start = how.schedule(job, len(lessons), together), _copies(stored)
-    few = lessons[: -(-len(lessons) // FEW)]
-    least = sum(outputs(module, few, device)[1])
+    few = -(-len(lessons) // FEW)
     fitted = Fitted()
     for share in SHARES if schedule.steps else ():
         slower = replace(schedule, lr=schedule.lr * share)
         fitted = fit(module, lessons, _trainable(how, job, facing), list(stored.values()), slower, device)
         _round(job, facing, stored)
         found, errors = outputs(module, lessons, device)
-        if sum(errors[: len(few)]) <= least:
+        if sum(errors[:few]) <= least:
             fitted.share = share
             return fitted, found, sum(errors)
         _put(stored, start)
@@ -147,8 +153,8 @@ def _stored(facing: Facing, how: Reconstruct) -> dict[str, nn.Parameter]:
 
 def _gather(
     how: Reconstruct, facing: Facing, lessons: Sequence[Lesson], device: torch.device
-) -> tuple[dict[str, SiteStats], list[Tensor], float]:
-    """Sums over the inputs of the part's matrices as it is given, its outputs, and its error."""
+) -> tuple[dict[str, SiteStats], list[Tensor], list[float]]:
+    """Sums over the inputs of the part's matrices as it is given, its outputs, and every lesson's error."""
     needs: set[type] = set()
     if how.start in STARTS:
         needs = {Gram, InputMoments} if _biases(facing) else {Gram}
@@ -156,13 +162,13 @@ def _gather(
     gatherer = Gatherer(
         Block(block.name, block.tower, block.index, block.module, list(facing.part.slots)), frozenset(needs)
     )
-    found, lost = [], 0.0
+    found, shares = [], []
     with gatherer.watching():
         for lesson in lessons:
             gatherer.begin(len(lesson.inputs))
             one, more = outputs(block.module, [lesson], device)
-            found, lost = found + one, lost + sum(more)
-    return gatherer.finish(Processes()), found, lost
+            found, shares = found + one, shares + more
+    return gatherer.finish(Processes()), found, shares
 
 
 def _biases(facing: Facing) -> bool:
