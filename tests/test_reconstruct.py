@@ -7,12 +7,14 @@ import json
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 import prunus
+from families import FAMILIES, save_tiny, tiny_inputs
 from prunus.errors import ModelError, RecipeError
 from prunus.output import Output
 from prunus.recovery import RECOVERIES, local
@@ -69,10 +71,11 @@ def in_dtype(folder: Path, out: Path, dtype: torch.dtype) -> Path:
 
 
 def lost(before: Path, after: Path) -> int:
-    """Removed weights that are not +0.0 to the bit afterwards, in the matrices of the blocks."""
+    """Removed weights that are not +0.0 to the bit afterwards, in all tensors of which much was removed."""
     old, new = tensors(before), tensors(after)
     assert old.keys() == new.keys()
-    names = [name for name, value in old.items() if ".layers." in name and value.ndim == 2]
+    names = [name for name, value in old.items() if value.ndim > 1 and (value == 0).float().mean() > 0.3]
+    assert len(names) >= 5
     gone = [(old[name] == 0, new[name]) for name in names]
     return sum(int(((value != 0) | torch.signbit(value))[zero].sum()) for zero, value in gone)
 
@@ -242,4 +245,44 @@ def test_another_model_is_no_dense_model(half: Path, tmp_path: Path) -> None:
 def test_what_it_does_not_know_is_refused_before_any_work(options, words, half: Path, tmp_path: Path) -> None:
     with pytest.raises(RecipeError, match=words):
         prunus.recover(half, tmp_path / "out", **{**QUICK, **options})
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("family", "names"),
+    [("gpt2", ["attn", "mlp"]), ("opt", None), ("mixtral", ["self_attn", "mlp"]), ("gpt_neox", ["block"])],
+)
+def test_other_families_come_back_too(family: str, names: list[str] | None, tmp_path: Path) -> None:
+    """Transposed matrices, biases, fused experts, and blocks that are one part."""
+    dense = save_tiny(FAMILIES[family], tmp_path / "dense")
+    np.save(tmp_path / "ids.npy", tiny_inputs(FAMILIES[family], samples=12, length=32)["input_ids"].numpy())
+    ids = str(tmp_path / "ids.npy")
+    prunus.prune(dense, tmp_path / "pruned", method="magnitude", sparsity=0.5, calibration=ids, samples=4, length=32)
+    options = {**QUICK, "length": 32, "text": ids, "dense": str(dense)}
+    result = prunus.recover(tmp_path / "pruned", tmp_path / "out", **options)
+    assert lost(tmp_path / "pruned", tmp_path / "out") == 0
+    assert all(part["after"] < part["before"] for part in parts(result))
+    if names:
+        assert [part["name"] for part in parts(result)] == names * len(result["training"]["blocks"])
+    whole = any("as a whole" in text for text in result["warnings"])
+    assert whole == (names == ["block"])
+
+
+def test_steps_are_those_of_each_part_and_a_batch_may_take_several_passes(
+    half: Path, usual: dict, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert {part["steps"] for part in parts(usual)} == {8}
+    at_once = prunus.recover(half, tmp_path / "once", **QUICK, steps=2, batch=8)
+    assert {part["steps"] for part in parts(at_once)} == {2}
+    monkeypatch.setattr(local, "BATCH_TOKENS", 2 * QUICK["length"])
+    in_pieces = prunus.recover(half, tmp_path / "pieces", **QUICK, steps=2, batch=8)
+    for one, other in zip(parts(at_once), parts(in_pieces), strict=True):
+        assert other["after"] == pytest.approx(one["after"], rel=0.02)
+    assert in_pieces["loss"]["after"] == pytest.approx(at_once["loss"]["after"], abs=0.02)
+
+
+def test_too_little_memory_is_said_before_any_work(half: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("prunus.recovery.job.available", lambda: 100_000)
+    with pytest.raises(RecipeError, match="--samples"):
+        prunus.recover(half, tmp_path / "out", **QUICK)
     assert not list(tmp_path.iterdir())

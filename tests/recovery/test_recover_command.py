@@ -23,7 +23,7 @@ def test_the_result_has_the_promised_keys_and_out_is_whole(
     pruned: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out = tmp_path / "out"
-    assert main(["recover", str(pruned), str(out), *QUICK, "--json"]) == 0
+    assert main(["recover", str(pruned), str(out), "--method", "masklora", *QUICK, "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
     keys = ("method", "trainable", "trainable_share", "seconds", "peak_rss_bytes", "loss", "zeros", "verify")
     assert all(key in found for key in keys)
@@ -140,7 +140,7 @@ def test_too_little_memory_is_said_before_the_run(
     pruned: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("prunus.recovery.job.available", lambda: 100_000)
-    said = refused(capsys, str(pruned), str(tmp_path / "out"), *QUICK)
+    said = refused(capsys, str(pruned), str(tmp_path / "out"), "--method", "masklora", *QUICK)
     assert "This recovery needs" in said
     assert "and 0.00 GB are free. Train fewer parameters" in said
     assert not list(tmp_path.iterdir())

@@ -71,10 +71,17 @@ class Schedule:
 
 @dataclass
 class Fitted:
-    """What a training has to tell: the loss of each step, and the step at which it stopped being finite, if it did."""
+    """What a training has to tell.
+
+    Attributes:
+        losses: of each step.
+        diverged: the step at which loss or gradient were not finite, if they were not.
+        share: of the learning rate with which it made the part better; 0 if it did not.
+    """
 
     losses: list[float] = field(default_factory=list)
     diverged: int | None = None
+    share: float = 0.0
 
 
 def weigh(targets: Sequence[Tensor], real: Sequence[Tensor], by_token: bool) -> list[Tensor]:
@@ -104,14 +111,14 @@ def error(lesson: Lesson, outputs: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def outputs(module: nn.Module, lessons: Sequence[Lesson], device: torch.device) -> tuple[list[Tensor], float]:
-    """What the part gives now, on the CPU, and its relative squared error over all lessons."""
-    found, lost = [], 0.0
+def outputs(module: nn.Module, lessons: Sequence[Lesson], device: torch.device) -> tuple[list[Tensor], list[float]]:
+    """What the part gives now for every lesson, on the CPU, and its share of the relative squared error."""
+    found, errors = [], []
     for lesson in lessons:
         result = lesson.call(module, lesson.inputs.to(device))
-        lost += float(error(lesson, result))
+        errors.append(float(error(lesson, result)))
         found.append(result.cpu())
-    return found, lost
+    return found, errors
 
 
 def fit(

@@ -38,7 +38,6 @@ class Walk:
         samples = len(job.lessons.train)
         rows = max(1, min(job.part.batch, BATCH_TOKENS // length))
         self.together = -(-job.part.batch // rows)
-        memory = job.require_memory(self._memory(samples * length), "Use fewer sequences (--samples) or shorter ones.")
         self.text = Abreast(job, rows)
         self._same_dense()
         self.progress.stage("reconstruct", len(job.blocks))
@@ -54,7 +53,7 @@ class Walk:
                 f"{whole} blocks add to the hidden states once only; they were reconstructed as a whole."
             )
         before, after = (self.text.heldout(held) for held in (self.text.given, self.text.judged[:-1]))
-        facts = {"sequences": samples, "tokens": samples * length, "memory": memory, "blocks": reports}
+        facts = {"sequences": samples, "tokens": samples * length, "memory": needed(job), "blocks": reports}
         trainable = sum(part["trainable"] for report in reports for part in report["parts"])
         return Outcome(trainable, before, after, job.stream.logits(job.probe.inputs), facts)
 
@@ -68,22 +67,6 @@ class Walk:
         if before not in (None, now):
             raise RecipeError("The dense model has changed since this run began. Start anew with --restart.")
         self.job.work.write("training/dense.json", now)
-
-    def _memory(self, tokens: int) -> dict[str, int]:
-        """What is needed besides what the process holds, bytes; none of it grows with the number of blocks."""
-        model, blocks = self.job.model, self.job.blocks
-        size = model.dtype.itemsize
-        block = max(sum(value.numel() for value in block.module.parameters()) for block in blocks)
-        features = max(sum(sum(info.shape) for info in block.infos if ".experts." not in info.name) for block in blocks)
-        inputs = max(sum(columns**2 for columns in {info.shape[1] for info in block.infos}) for block in blocks)
-        return {
-            # In front of a part and behind it, of both models.
-            "hidden states": 4 * tokens * model.config.get_text_config().hidden_size * size,
-            # Pruned, dense and as given; gradients, two moments and a copy in float32; masks.
-            "blocks": block * (3 * size + 16 + 1),
-            "sums over inputs": 3 * 4 * inputs,
-            "activations": 2 * BATCH_TOKENS * features * size,
-        }
 
     def _replay(self, block: Block, twin: Block, report: dict[str, Any]) -> dict[str, Any]:
         """Run a block that an earlier call has finished."""
@@ -142,7 +125,7 @@ class Walk:
     def _say(self, facing: Facing, found: Rebuilt) -> None:
         """What the user should know about a part."""
         where = f"{facing.block.name}.{facing.part.name}".rstrip(".")
-        if found.fitted.diverged is not None:
+        if found.fitted.diverged is not None and not found.fitted.share:
             text = f"{where}: the loss was not finite in step {found.fitted.diverged + 1}; a lower --lr would help."
         elif found.given:
             text = f"{where}: nothing was gained, it stays as it was; a lower --lr or more --samples would help."
@@ -150,3 +133,20 @@ class Walk:
             return
         self.job.warnings.append(text)
         self.progress.warn(text)
+
+
+def needed(job: RecoveryJob) -> dict[str, int]:
+    """Memory besides what the process holds, bytes; none of it grows with the number of blocks."""
+    model, blocks, tokens = job.model, job.blocks, job.lessons.train.ids.numel()
+    size = model.dtype.itemsize
+    block = max(sum(value.numel() for value in block.module.parameters()) for block in blocks)
+    features = max(sum(sum(info.shape) for info in block.infos if ".experts." not in info.name) for block in blocks)
+    inputs = max(sum(columns**2 for columns in {info.shape[1] for info in block.infos}) for block in blocks)
+    return {
+        # In front of a part and behind it, of both models.
+        "hidden states": 4 * tokens * model.config.get_text_config().hidden_size * size,
+        # Pruned, dense, as given and as begun with; gradients, two moments and a copy in float32; masks.
+        "blocks": block * (4 * size + 16 + 1),
+        "sums over inputs": 3 * 4 * inputs,
+        "activations": 2 * BATCH_TOKENS * features * size,
+    }

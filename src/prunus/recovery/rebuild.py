@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -29,6 +29,12 @@ STARTS = {"refit": Refit(), "scales": Rescaled()}
 
 # An error above this is no error of pruning: the model has come apart.
 BROKEN = 1e6
+
+# Parts of the learning rate that are tried in turn until one makes a part better than it began.
+SHARES = (1.0, 0.2)
+
+# One lesson of so many is looked at to see whether one does.
+FEW = 4
 
 
 @dataclass
@@ -56,7 +62,7 @@ class Rebuilt:
         """JSON values."""
         return {
             "before": self.before, "after": self.after, "steps": len(self.fitted.losses), "trainable": self.trainable,
-            "diverged": self.fitted.diverged, "as_given": self.given,
+            "rate_share": self.fitted.share, "diverged": self.fitted.diverged, "as_given": self.given,
         }  # fmt: skip
 
 
@@ -73,11 +79,12 @@ def rebuild(how: Reconstruct, job: RecoveryJob, facing: Facing, lessons: Sequenc
     Raises:
         ModelError: the hidden states of the pruned model are not finite.
     """
-    module, part, device = facing.block.module, facing.part, job.device
+    part, device = facing.part, job.device
     stored = _stored(facing, how)
-    old = [value.detach().clone() for value in stored.values()]
+    given = _copies(stored)
     with part.alone():
-        stats, first, before = _gather(how, facing, lessons, device)
+        stats, first, shares = _gather(how, facing, lessons, device)
+        before = sum(shares)
         if not before < BROKEN:
             raise ModelError(
                 f"{facing.block.name}: behind {part.name or 'it'} the hidden states of the pruned model are not finite "
@@ -85,19 +92,57 @@ def rebuild(how: Reconstruct, job: RecoveryJob, facing: Facing, lessons: Sequenc
             )
         _start(how, job, facing, stats)
         del stats
-        trainable = _trainable(how, job, facing)
-        schedule = how.schedule(job, len(lessons), together)
-        fitted = (
-            fit(module, lessons, trainable, list(stored.values()), schedule, device) if schedule.steps else Fitted()
-        )
-        count = _count(trainable) if schedule.steps else sum(_kept(job, facing))
         _round(job, facing, stored)
-        found, after = outputs(module, lessons, device)
-        if after <= before:
+        # A few of the lessons tell how it stands; another pass over all of them is not cheap.
+        few = -(-len(lessons) // FEW)
+        least = sum(outputs(facing.block.module, lessons[:few], device)[1])
+        if not least <= sum(shares[:few]):  # what is best for every matrix alone need not be for all together
+            _put(stored, given)
+            least = sum(shares[:few])
+        fitted, found, after = _trained(how, job, facing, lessons, together, least)
+        count = _count(_trainable(how, job, facing))
+        if after < before:
             return Rebuilt(before, after, found, count, fitted, given=False)
-    for value, former in zip(stored.values(), old, strict=True):
-        value.copy_(former)
+    _put(stored, given)
     return Rebuilt(before, before, first, count, fitted, given=True)
+
+
+def _trained(
+    how: Reconstruct, job: RecoveryJob, facing: Facing, lessons: Sequence[Lesson], together: int, least: float
+) -> tuple[Fitted, list[Tensor], float]:
+    """Train, at a lower rate if that made it worse than it began, and not at all if that does too.
+
+    `least` is the error that it begins with, over the first of the lessons, one in `FEW`.
+
+    Returns:
+        The losses of the training that was kept, the outputs of all lessons, and the error.
+    """
+    module, device, stored = facing.block.module, job.device, _stored(facing, how)
+    schedule, start = how.schedule(job, len(lessons), together), _copies(stored)
+    few = -(-len(lessons) // FEW)
+    fitted = Fitted()
+    for share in SHARES if schedule.steps else ():
+        slower = replace(schedule, lr=schedule.lr * share)
+        fitted = fit(module, lessons, _trainable(how, job, facing), list(stored.values()), slower, device)
+        _round(job, facing, stored)
+        found, errors = outputs(module, lessons, device)
+        if sum(errors[:few]) <= least:
+            fitted.share = share
+            return fitted, found, sum(errors)
+        _put(stored, start)
+    found, errors = outputs(module, lessons, device)
+    return fitted, found, sum(errors)
+
+
+def _copies(stored: dict[str, nn.Parameter]) -> list[Tensor]:
+    return [value.detach().clone() for value in stored.values()]
+
+
+@torch.no_grad()
+def _put(stored: dict[str, nn.Parameter], copies: list[Tensor]) -> None:
+    """Write the copies back."""
+    for value, former in zip(stored.values(), copies, strict=True):
+        value.copy_(former)
 
 
 def _stored(facing: Facing, how: Reconstruct) -> dict[str, nn.Parameter]:
@@ -108,8 +153,8 @@ def _stored(facing: Facing, how: Reconstruct) -> dict[str, nn.Parameter]:
 
 def _gather(
     how: Reconstruct, facing: Facing, lessons: Sequence[Lesson], device: torch.device
-) -> tuple[dict[str, SiteStats], list[Tensor], float]:
-    """Sums over the inputs of the part's matrices as it is given, its outputs, and its error."""
+) -> tuple[dict[str, SiteStats], list[Tensor], list[float]]:
+    """Sums over the inputs of the part's matrices as it is given, its outputs, and every lesson's error."""
     needs: set[type] = set()
     if how.start in STARTS:
         needs = {Gram, InputMoments} if _biases(facing) else {Gram}
@@ -117,13 +162,13 @@ def _gather(
     gatherer = Gatherer(
         Block(block.name, block.tower, block.index, block.module, list(facing.part.slots)), frozenset(needs)
     )
-    found, lost = [], 0.0
+    found, shares = [], []
     with gatherer.watching():
         for lesson in lessons:
             gatherer.begin(len(lesson.inputs))
             one, more = outputs(block.module, [lesson], device)
-            found, lost = found + one, lost + more
-    return gatherer.finish(Processes()), found, lost
+            found, shares = found + one, shares + more
+    return gatherer.finish(Processes()), found, shares
 
 
 def _biases(facing: Facing) -> bool:
@@ -169,10 +214,6 @@ def _count(trainable: Trainable) -> int:
         sizes = zip(part.parameters, masks, strict=True)
         total += sum(value.numel() if mask is None else int(mask.sum()) for value, mask in sizes)
     return total
-
-
-def _kept(job: RecoveryJob, facing: Facing) -> list[int]:
-    return [int(job.masks.keep(slot.info.name).sum()) for slot in facing.part.slots]
 
 
 @torch.no_grad()

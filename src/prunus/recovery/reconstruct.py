@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Literal
 from prunus.errors import RecipeError
 from prunus.progress import Progress
 from prunus.recovery.fit import Schedule
-from prunus.recovery.local import Walk
+from prunus.recovery.local import Walk, needed
 from prunus.recovery.recovery import Outcome
 
 if TYPE_CHECKING:
@@ -53,7 +53,7 @@ class Reconstruct:
     norms: bool = False
     rank: int = 16
     alpha: float = 32.0
-    lr: float = 0.08
+    lr: float = 0.04
     epochs: int = 1
     batch: int = 1
     warmup: float = 0.05
@@ -85,7 +85,7 @@ class Reconstruct:
         """Refuse what local reconstruction does not know, before any work; take as many sequences as it needs.
 
         Raises:
-            RecipeError: an option that belongs to the recovery of whole models.
+            RecipeError: an option that belongs to the recovery of whole models, or too little memory.
             ModelError: the dense model does not face the pruned one.
         """
         part = job.part
@@ -101,6 +101,7 @@ class Reconstruct:
             raise RecipeError("Local reconstruction runs in one process; start it without torchrun.")
         few = job.lessons.train.take(slice(job.part.samples or SAMPLES))
         job.lessons = replace(job.lessons, train=few)
+        job.require_memory(needed(job), "Use fewer sequences (--samples) or shorter ones (--length).")
 
     def recover(self, job: RecoveryJob, progress: Progress) -> Outcome:
         """Walk both models, block by block; a finished block is written before the next one is loaded."""
