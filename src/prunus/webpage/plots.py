@@ -143,7 +143,8 @@ def panels(
         axes.set_title(names[number], loc="left", fontsize=10, color=ink.text)
         axes.margins(x=0.12 if len(members) > 1 else 0.05)
         axes.xaxis.get_major_locator().set_params(integer=True)
-    if log and any((value(block) or 0) > 0 for run in known for block in run.blocks):
+    found = [one for run in known for block in run.blocks if (one := value(block)) is not None and one > 0]
+    if log and found and max(found) > 8 * min(found):
         grid.flat[0].set_yscale("log")
         plain_numbers(grid.flat[0])
     for row in grid:
