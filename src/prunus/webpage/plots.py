@@ -9,6 +9,7 @@ from typing import Any
 
 from prunus.webpage.gather import Run
 
+MARKERS = "os^vPX*"
 UNIFORM = 1e-3  # spread of sparsities within a run that no plot would show
 
 
@@ -177,12 +178,19 @@ def task_scores(figure: Any, runs: Sequence[Run], ink: Ink, narrow: bool) -> Non
         for number, run in enumerate(known):
             if name in run.scores:
                 where = place - 0.4 + step * (number + 1.5)
-                dot(axes, run.scores[name], where, ink.of(number), "o", run.name if place == 0 else None)
+                colour, marker = sign(run, runs, ink)
+                dot(axes, run.scores[name], where, colour, marker, run.name if place == 0 else None)
     axes.set_yticks(range(len(tasks)), tasks)
     axes.invert_yaxis()
     axes.set_xlabel("accuracy, ± one standard error")
     axes.grid(axis="y", visible=False)
     legend(figure, axes, narrow)
+
+
+def sign(run: Run, runs: Sequence[Run], ink: Ink) -> tuple[str, str]:
+    """The colour of a run's series, as in every other plot, and a marker that tells it from others of the series."""
+    series = [one.name for one in runs if label(one, runs) == label(run, runs) and one.scores]
+    return ink.of(names_of(runs).index(label(run, runs))), MARKERS[series.index(run.name) % len(MARKERS)]
 
 
 def dot(axes: Any, one: Any, where: float, colour: str, marker: str, name: str | None) -> None:
