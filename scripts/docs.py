@@ -13,6 +13,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+from compare_table import compared
 from families_table import families
 from results_table import choices, measured, methods, settings
 
@@ -34,6 +35,7 @@ PARTS: dict[str, Callable[..., str]] = {
     "settings": settings,
     "measured": measured,
     "families": families,
+    "compared": compared,
 }
 
 

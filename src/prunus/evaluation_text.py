@@ -26,7 +26,7 @@ def perplexities(measured: Sequence[Result]) -> list[str]:
     """The table of perplexities and the lines below it; the dense model's first, if there is one."""
     result = measured[-1]
     rows = [(str(item["model"]), f"{item['perplexity']:,.2f}", f"{item['seconds']:,.1f}") for item in measured]
-    bos = {True: ", BOS at the head of each", False: ", no BOS"}.get(result.get("bos"), "")
+    bos = {True: ", BOS at the head of each", False: ", no BOS"}[bool(result["bos"])] if "bos" in result else ""
     windows = f"{result['windows']} windows of {result['length']} tokens of {result['text']}"
     below = [f"{windows}{bos}, {result.get('dtype', 'float32')}. Lower is better."]
     if len(measured) == 2:

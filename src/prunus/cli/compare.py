@@ -12,9 +12,9 @@ from prunus.cli.session import show, working
 
 EXAMPLES = {
     "compare": """
-prunus compare recipes/wanda-50.yaml recipes/sparsegpt-50.yaml --out table
-prunus compare --models smollm2 --method wanda,sparsegpt --sparsity 0.5,0.6,0.7 --out grid
-prunus compare --models smollm2,./llama --pattern 2:4,4:8 --tasks owl7 --out grid
+prunus compare recipes/wanda-50.yaml recipes/sparsegpt-50.yaml --out pair
+prunus compare --models smollm2 --method wanda,sparsegpt --sparsity 0.5,0.6
+prunus compare --models smollm2,./llama --pattern 2:4,4:8 --tasks owl7
 """,
     "report": """
 prunus report out
@@ -50,7 +50,7 @@ Files = Annotated[
 Models = Annotated[
     str | None, option("--models A,B", WHAT, "Models, instead of the recipes' own; every recipe meets every model.")
 ]
-Out = Annotated[Path, option("--out DIR", RUN, "Folder of the comparison, new or begun before.")]
+Out = Annotated[Path, option("--out DIR", RUN, "Folder of the comparison, new or begun before. Default: comparison.")]
 Keep = Annotated[bool, option("--keep", RUN, "Leave the pruned checkpoints in DIR/runs; they are removed otherwise.")]
 Restart = Annotated[bool, option("--restart", RUN, "Make every row anew.")]
 RayAddress = Annotated[

@@ -151,7 +151,7 @@ def takes(table: Mapping[str, OptionInfo]) -> Callable[[Callable[..., None]], Ca
     def decorate(command: Callable[..., None]) -> Callable[..., None]:
         own = inspect.signature(command, eval_str=True)
         kept = [param for param in own.parameters.values() if param.kind is not param.VAR_KEYWORD]
-        arguments = [param for param in kept if param.name in ("model", "out", "log")]
+        arguments = [param for param in kept if param.name in ("model", "out", "log", "files")]
         rows = [
             inspect.Parameter(
                 name, inspect.Parameter.KEYWORD_ONLY, annotation=Annotated[_kind(name, row), row], default=None

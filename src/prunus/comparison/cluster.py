@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import socket
 from collections.abc import Sequence
@@ -38,7 +39,7 @@ def make_all(orders: Sequence[Order], address: str, progress: Progress) -> dict[
     if not orders:
         return {}
     try:
-        ray.init(address=address, logging_level="ERROR", log_to_driver=False, ignore_reinit_error=True)
+        ray.init(address=address, logging_level=logging.ERROR, log_to_driver=False, ignore_reinit_error=True)
     except (ConnectionError, ValueError, RuntimeError) as problem:
         reason = " ".join(str(problem).split())[:200]
         raise RecipeError(

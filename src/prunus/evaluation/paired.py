@@ -29,7 +29,7 @@ def mcnemar(lost: int, gained: int) -> float:
     return min(1.0, 2 * math.fsum(terms))
 
 
-def resampled_means(differences: Sequence[float], generator: np.random.Generator) -> np.ndarray:
+def resampled_means(differences: Sequence[float] | np.ndarray, generator: np.random.Generator) -> np.ndarray:
     """Means of `RESAMPLES` samples, drawn from the differences with replacement; float64 [RESAMPLES].
 
     Drawn as multinomial counts of the distinct values, which is the same law and, with three values, a thousand times

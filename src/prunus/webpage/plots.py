@@ -9,6 +9,7 @@ from typing import Any
 
 from prunus.webpage.gather import Run
 
+MARKERS = "os^vPX*"
 UNIFORM = 1e-3  # spread of sparsities within a run that no plot would show
 
 
@@ -90,7 +91,7 @@ def perplexity(figure: Any, runs: Sequence[Run], ink: Ink, narrow: bool) -> None
             f"dense {floor:,.2f}" if not several else "dense", (0.01, floor), xycoords=("axes fraction", "data"),
             xytext=(0, 4), textcoords="offset points", color=ink.muted, fontsize=9,
         )  # fmt: skip
-    lowest = min([*values, *([floor] if floor else [])])
+    lowest = float(min([*values, *([floor] if floor else [])]))
     if max(values) > 8 * lowest:
         axes.set_yscale("log")
         plain_numbers(axes)
@@ -143,7 +144,8 @@ def panels(
         axes.set_title(names[number], loc="left", fontsize=10, color=ink.text)
         axes.margins(x=0.12 if len(members) > 1 else 0.05)
         axes.xaxis.get_major_locator().set_params(integer=True)
-    if log and any((value(block) or 0) > 0 for run in known for block in run.blocks):
+    found = [one for run in known for block in run.blocks if (one := value(block)) is not None and one > 0]
+    if log and found and max(found) > 8 * min(found):
         grid.flat[0].set_yscale("log")
         plain_numbers(grid.flat[0])
     for row in grid:
@@ -176,12 +178,19 @@ def task_scores(figure: Any, runs: Sequence[Run], ink: Ink, narrow: bool) -> Non
         for number, run in enumerate(known):
             if name in run.scores:
                 where = place - 0.4 + step * (number + 1.5)
-                dot(axes, run.scores[name], where, ink.of(number), "o", run.name if place == 0 else None)
+                colour, marker = sign(run, runs, ink)
+                dot(axes, run.scores[name], where, colour, marker, run.name if place == 0 else None)
     axes.set_yticks(range(len(tasks)), tasks)
     axes.invert_yaxis()
     axes.set_xlabel("accuracy, ± one standard error")
     axes.grid(axis="y", visible=False)
     legend(figure, axes, narrow)
+
+
+def sign(run: Run, runs: Sequence[Run], ink: Ink) -> tuple[str, str]:
+    """The colour of a run's series, as in every other plot, and a marker that tells it from others of the series."""
+    series = [one.name for one in runs if label(one, runs) == label(run, runs) and one.scores]
+    return ink.of(names_of(runs).index(label(run, runs))), MARKERS[series.index(run.name) % len(MARKERS)]
 
 
 def dot(axes: Any, one: Any, where: float, colour: str, marker: str, name: str | None) -> None:

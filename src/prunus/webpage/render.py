@@ -72,7 +72,8 @@ def save(
         from matplotlib.figure import Figure
     except ImportError as problem:
         raise RecipeError(f"The page needs matplotlib, which is not installed: {INSTALL}") from problem
-    with mpl.rc_context({**style(ink), **settings}):
+    chosen: Any = {**style(ink), **settings}  # matplotlib types the names of its settings one by one
+    with mpl.rc_context(chosen):
         # No pyplot: it would keep figures, and choose a backend that may want a display.
         figure = Figure((NARROW if narrow else WIDE, plot.height(runs, narrow)), layout="constrained")
         plot.draw(figure, runs, ink, narrow)

@@ -161,6 +161,10 @@ def lead(runs: Sequence[Run]) -> str:
             else f"None stays within 10 % of the dense perplexity; {min(rated, key=lambda one: one.ratio or 0).name} "
             f"comes nearest, at {min(run.ratio or 0 for run in rated):.3g} times."
         )
+    if not any(run.perplexity is not None or run.scores for run in runs) and not broken:
+        words.append(
+            "Not evaluated here: `prunus run` and `prunus compare` keep an evaluation, `prunus prune` has none."
+        )
     if broken:
         words.append(f"{len(broken)} of {len(runs)} did not come to an end; the table says why.")
     return " ".join(words)
