@@ -124,8 +124,8 @@ def probe_text(result: Mapping[str, Any]) -> str:
     rows.append(("who counts transitions", f"{result['counting']:.4f}", "", "", ""))
     rows.append(("who knows nothing", f"{result['uniform']:.4f}", "", "", ""))
     below = (
-        f"Bhattacharyya distance to the true law of the next state, lower is better: mean over {result['chains']} random "
-        f"chains of {result['states']} states and {result['length']} steps; end: over the last tenth."
+        f"Bhattacharyya distance to the true law of the next state, lower is better: mean over {result['chains']} "
+        f"random chains of {result['states']} states and {result['length']} steps; end: over the last tenth."
     )
     columns = ("model", "distance", "end", "learned", "falls as")
     return f"{table(columns, rows, right=(1, 2, 3))}\n\n{wrap(below)}"

@@ -46,8 +46,8 @@ GENERATE = {
     "dola": option(
         "--dola LAYERS",
         CHOICE,
-        "Contrast the last layer with premature ones (DoLa): low (for long reasoning), high (for short facts), or numbers "
-        "such as 16,18 or 16-30:2. The repetition penalty is then 1.2 unless given.",
+        "Contrast the last layer with premature ones (DoLa): low (for long reasoning), high (for short facts), or "
+        "numbers such as 16,18 or 16-30:2. The repetition penalty is then 1.2 unless given.",
     ),
     "dola_norm": option(
         "--dola-norm NORM",
