@@ -82,15 +82,16 @@ def evaluate(model: Model, as_json: Json = False, quiet: Quiet = False, **option
         part = (recipe.evaluate or EvaluatePart()).model_dump(exclude={"baseline"})
         machine = {name: getattr(recipe, name) for name in ("device", "dtype", "trust_remote_code")}
         # Only now, so that a slip of the pen is answered at once.
-        if probe is not None:
+        if probe is None:
+            from prunus.evaluation.perplexity import evaluate as measure
+
+            result, text = measure(recipe.model, baseline=baseline, progress=progress, **part, **machine), None
+        else:
             from prunus.forecasting.probe import probe as measure_probe
 
             result = measure_probe(probe, recipe.model, baseline=baseline, machine=machine, progress=progress)
-            return show(result, probe_text, as_json=as_json)
-        from prunus.evaluation.perplexity import evaluate as measure
-
-        result = measure(recipe.model, baseline=baseline, progress=progress, **part, **machine)
-    show(result, report.evaluate_text, as_json=as_json)
+            text = probe_text
+    show(result, text or report.evaluate_text, as_json=as_json)
 
 
 def _refuse_beside_probe(options: dict[str, Any]) -> None:
