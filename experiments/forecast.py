@@ -13,7 +13,7 @@ import itertools
 import json
 import statistics
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -86,11 +86,11 @@ def ou(model: Any, alphabet: Alphabet, seed: int) -> dict[str, Any]:
 RUNS = {"context": context, "ou": ou}
 
 
-def run(name: str, out: Path, minutes: float) -> None:
+def run(name: str, out: Path, minutes: float, kinds: Sequence[str]) -> None:
     """Add the lines that are missing, until the time is up."""
     lines = [json.loads(line) for line in out.read_text("utf-8").splitlines()] if out.exists() else []
     done = {(line["model"], line["kind"], line["seed"]) for line in lines}
-    left = [(kind, seed) for kind, seed in tasks() if (name, kind, seed) not in done]
+    left = [(kind, seed) for kind, seed in tasks() if kind in kinds and (name, kind, seed) not in done]
     if not left:
         return
     folder = locate(name)
@@ -138,9 +138,10 @@ def main() -> None:
     parser.add_argument("--model", default="smollm2")
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--minutes", type=float, default=4, help="begin no further chain after so long")
+    parser.add_argument("--kinds", nargs="+", choices=list(RUNS), default=list(RUNS))
     given = parser.parse_args()
     if given.command == "run":
-        run(given.model, given.out, given.minutes)
+        run(given.model, given.out, given.minutes, given.kinds)
     else:
         table(given.out)
 
