@@ -15,8 +15,8 @@ EXAMPLES = {
     "generate": """
 prunus generate smollm2 --prompt "The tree in the garden"
 prunus generate smollm2 --prompt "The capital of France is" --dola high
-prunus generate out --prompt "Once upon a time" --max-new-tokens 200 --temperature 0.8 --top-p 0.95 --seed 7
-cat story.txt | prunus generate out --prompt - --json
+prunus generate out --prompt "Once upon a time" --temperature 0.8 --seed 7
+prunus generate out --prompt - --json < story.txt
 """
 }
 

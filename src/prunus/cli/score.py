@@ -14,7 +14,7 @@ from prunus.cli.session import show, working
 EXAMPLES = {
     "score": """
 prunus score smollm2 --task truthfulqa --task-data DIR --dola high
-prunus score out --task factor_news --task-data DIR --baseline smollm2 --limit 100 --json
+prunus score out --task factor_news --task-data DIR --baseline smollm2
 """
 }
 
