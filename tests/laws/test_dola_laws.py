@@ -28,7 +28,7 @@ from prunus.decoding.dola.contrast import contrast, exchanged, jensen_shannon, n
 from prunus.decoding.dola.generate import DolaOutput, dola_generate, dola_steps
 from prunus.decoding.dola.options import Dola, bucket, parse_layers
 from prunus.decoding.dola.score import Scoring, encode, score
-from prunus.decoding.dola.states import Layers, Streams
+from prunus.decoding.dola.states import Layers, Streams, turn
 from prunus.decoding.loop import plain
 from prunus.errors import ModelError, RecipeError
 
@@ -291,9 +291,19 @@ def test_what_cannot_be_contrasted_is_refused(model: Any, tokenizer: Any) -> Non
         Layers(headless)
 
 
+def test_a_turned_head_gives_the_same_product() -> None:
+    head, states = torch.nn.Linear(16, 40), noise(9, 1, 16)
+    wanted = head(states)
+    assert turn(head) is head and torch.allclose(head(states), wanted, atol=1e-5) and head(states).shape == (9, 1, 40)
+    assert turn(head) is None  # once is enough
+    del head.forward
+    assert head(states).equal(wanted)
+
+
 def test_hooks_are_gone_when_the_text_is_done(model: Any, tokenizer: Any) -> None:
     made(model, tokenizer(["Once"], return_tensors="pt"), Dola())
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
+    assert "forward" not in vars(model.lm_head)
     steps = model.generate(**tokenizer(["Once"], return_tensors="pt"), max_new_tokens=5, custom_generate=dola_steps)
     next(steps)
     steps.close()

@@ -112,17 +112,17 @@ def evaluate(model: Model, as_json: Json = False, quiet: Quiet = False, **option
         part = (recipe.evaluate or EvaluatePart()).asked()
         machine = {name: getattr(recipe, name) for name in ("device", "dtype", "trust_remote_code")}
         # Only now, so that a slip of the pen is answered at once.
-        if probe is not None:
+        if probe is None:
+            from prunus.evaluation.perplexity import evaluate as measure
+
+            machine["engine"] = engine or "transformers"
+            result, text = measure(recipe.model, baseline=baseline, progress=progress, **part, **machine), None
+        else:
             from prunus.forecasting.probe import probe as measure_probe
 
             result = measure_probe(probe, recipe.model, baseline=baseline, machine=machine, progress=progress)
-            return show(result, probe_text, as_json=as_json)
-        from prunus.evaluation.perplexity import evaluate as measure
-
-        result = measure(
-            recipe.model, baseline=baseline, engine=engine or "transformers", progress=progress, **part, **machine
-        )
-    show(result, report.evaluate_text, as_json=as_json)
+            text = probe_text
+    show(result, text or report.evaluate_text, as_json=as_json)
 
 
 NOT_WITH_PROBE = ("text", "length", "windows", "bos", "sample", "engine", "tasks", "task_data", "limit", "batch")
@@ -161,8 +161,8 @@ def probe_text(result: Mapping[str, Any]) -> str:
     rows.append(("who counts transitions", f"{result['counting']:.4f}", "", "", ""))
     rows.append(("who knows nothing", f"{result['uniform']:.4f}", "", "", ""))
     below = (
-        f"Bhattacharyya distance to the true law of the next state, lower is better: mean over {result['chains']} random "
-        f"chains of {result['states']} states and {result['length']} steps; end: over the last tenth."
+        f"Bhattacharyya distance to the true law of the next state, lower is better: mean over {result['chains']} "
+        f"random chains of {result['states']} states and {result['length']} steps; end: over the last tenth."
     )
     columns = ("model", "distance", "end", "learned", "falls as")
     return f"{table(columns, rows, right=(1, 2, 3))}\n\n{wrap(below)}"

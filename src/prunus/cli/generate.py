@@ -15,9 +15,9 @@ EXAMPLES = {
     "generate": """
 prunus generate smollm2 --prompt "The tree in the garden"
 prunus generate smollm2 --prompt "The capital of France is" --dola high
-prunus generate out --prompt "Once upon a time" --max-new-tokens 200 --temperature 0.8 --top-p 0.95 --seed 7
+prunus generate out --prompt "Once upon a time" --temperature 0.8 --seed 7
 prunus generate packed --prompt "Once upon a time" --json
-cat story.txt | prunus generate out --prompt - --json
+prunus generate out --prompt - --json < story.txt
 """
 }
 
@@ -47,8 +47,8 @@ GENERATE = {
     "dola": option(
         "--dola LAYERS",
         CHOICE,
-        "Contrast the last layer with premature ones (DoLa): low (for long reasoning), high (for short facts), or numbers "
-        "such as 16,18 or 16-30:2. The repetition penalty is then 1.2 unless given.",
+        "Contrast the last layer with premature ones (DoLa): low (for long reasoning), high (for short facts), or "
+        "numbers such as 16,18 or 16-30:2. The repetition penalty is then 1.2 unless given.",
     ),
     "dola_norm": option(
         "--dola-norm NORM",

@@ -14,7 +14,7 @@ from prunus.cli.session import show, working
 EXAMPLES = {
     "score": """
 prunus score smollm2 --task truthfulqa --task-data DIR --dola high
-prunus score out --task factor_news --task-data DIR --baseline smollm2 --limit 100 --json
+prunus score out --task factor_news --task-data DIR --baseline smollm2
 """
 }
 
@@ -44,7 +44,8 @@ SCORE = {
     "compat": option(
         "--compat MODE",
         WHAT,
-        "exact: the Jensen-Shannon divergence; published: what the published code computes in its place. Default: exact.",
+        "exact: the Jensen-Shannon divergence; published: what the published code computes in its place. "
+        "Default: exact.",
     ),
     "device": option("--device DEVICE", MACHINE, "cpu, cuda or cuda:1. Default: cpu."),
     "dtype": option("--dtype DTYPE", MACHINE, "float32, bfloat16, float16 or auto. Default: auto (float32 on a CPU)."),

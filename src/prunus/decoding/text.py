@@ -17,7 +17,7 @@ from prunus.errors import RecipeError
 from prunus.models.source import find, is_packed
 
 
-def generate(
+def generate(  # noqa: PLR0913 - the options of the command
     model: str | Path,
     prompt: str,
     how: Sampling | None = None,

@@ -26,7 +26,7 @@ from prunus.progress import Progress, Silent
 SETTINGS = {"truthfulqa": (0.0, Scoring()), "factor": (0.1, Scoring(post_softmax=True))}
 
 
-def judge(
+def judge(  # noqa: PLR0913 - one argument for each thing that is part of the result
     model: str | Path,
     task: str,
     folder: Path,
@@ -84,8 +84,10 @@ def judge(
 
 
 def metrics(item: Item, values: dict[str, float]) -> dict[str, float]:
-    """MC1: the best true statement is above every false one (ties count for FACTOR, where there is one true one); MC2:
-    the share of probability on true ones; MC3: the share of true ones above every false one (Lin et al. 2021).
+    """MC1, MC2 and MC3 of TruthfulQA (Lin et al. 2021), or the accuracy of FACTOR.
+
+    MC1: the best true statement is above every false one. MC2: the share of probability on true ones. MC3: the share of
+    true ones above every false one. Accuracy: the true one is not below any false one; ties count.
 
     Args:
         item: the statements.

@@ -1,4 +1,4 @@
-"""A finite Markov chain: its missing rows, its long run, and how long things take. Kernels are float64 [states, states]."""
+"""A finite Markov chain: its missing rows, its long run, how long things take. Kernels are float64 [states, states]."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ SLOW = 1e-3
 
 
 def barycenter(low: np.ndarray, high: np.ndarray, share: float) -> np.ndarray:
-    """The Wasserstein-2 barycenter of two laws on 0 … n-1, in closed form: the weighted mean of their quantile functions.
+    """The Wasserstein-2 barycenter of two laws on 0 … n-1: the law whose quantiles are the weighted means of theirs.
 
     Mass that falls between two states is split linearly, so the mean is exact.
 
@@ -59,7 +59,7 @@ def regular(kernel: np.ndarray, share: float = 1e-6) -> np.ndarray:
 
 
 def stationary(kernel: np.ndarray) -> np.ndarray:
-    """The law with law @ kernel = law, of an irreducible kernel (Grassmann, Taksar and Heyman 1985: nothing cancels)."""
+    """The law with law @ kernel = law, of an irreducible kernel (Grassmann, Taksar, Heyman 1985: nothing cancels)."""
     work = kernel.astype(float).copy()
     states = len(work)
     for last in range(states - 1, 0, -1):

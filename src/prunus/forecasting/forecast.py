@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import time
 from dataclasses import dataclass
@@ -206,7 +207,7 @@ def _surprise(states: np.ndarray, reading: Reading, scale: Scale) -> dict[str, f
     """Mean nats for each next state; the counting model knows at each time only what came before."""
     counts = np.full((scale.states, scale.states), PRIOR)
     total = 0.0
-    for before, behind in zip(states[:-1], states[1:], strict=True):
+    for before, behind in itertools.pairwise(states):
         total -= math.log(counts[before, behind] / counts[before].sum())
         counts[before, behind] += 1
     return {

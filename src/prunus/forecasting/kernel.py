@@ -129,11 +129,10 @@ def read_kernel(
     temperature: float = 1.0,
     done: Callable[[int, int], None] | None = None,
 ) -> Reading:
-    """The rows of the kernel that a model infers from a series (hierarchical softmax, Liu et al. 2024; rows as in
-    Zekri et al. 2024).
+    """The rows of the kernel that a model infers from a series.
 
-    Every row is at full resolution: a state's probability is the product of the probabilities of its symbols, each
-    given those before it.
+    By hierarchical softmax (Liu et al. 2024), rows as in Zekri et al. 2024. Every row is at full resolution: a state's
+    probability is the product of the probabilities of its symbols, each given those before it.
 
     Args:
         model: a causal language model.

@@ -5,6 +5,7 @@ No word of any language is involved, so what is measured is the copying and coun
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable
 from pathlib import Path
@@ -63,7 +64,7 @@ def counting(path: np.ndarray, states: int, prior: float = PRIOR) -> np.ndarray:
 def power(errors: np.ndarray) -> tuple[float, float]:
     """Exponent and R² of errors ~ c·t**-exponent, fitted on log-spaced windows from `FIRST` on."""
     edges = np.unique(np.geomspace(FIRST, len(errors), 9).astype(int))
-    pairs = list(zip(edges[:-1], edges[1:], strict=True))
+    pairs = list(itertools.pairwise(edges))
     times = np.log([math.sqrt(low * high) for low, high in pairs])
     logs = np.log([max(errors[low:high].mean(), 1e-12) for low, high in pairs])
     slope, constant = np.polyfit(times, logs, 1)

@@ -78,7 +78,7 @@ def contrast(mature: Tensor, premature: Tensor, how: Dola) -> tuple[Tensor, Tens
 
 
 def next_scores(mature: Tensor, premature: Tensor, how: Dola) -> tuple[Tensor, Tensor]:
-    """Scores of the next token: the difference where a token is plausible, -inf elsewhere (eq. 5), and the index chosen.
+    """Scores of the next token: the difference where it is plausible, -inf elsewhere (eq. 5), and the index chosen.
 
     Arguments and shapes as in `contrast`.
     """

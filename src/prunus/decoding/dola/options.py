@@ -27,8 +27,8 @@ class Dola:
         norm: "none": the head reads a premature layer as it is, as published; "final": through the model's last norm
             first, as the mature one. With "none" the premature distribution of a newer model is often far too sharp.
         compat: "exact": the Jensen-Shannon divergence. "published": what the published code computes instead, with the
-            arguments of each Kullback-Leibler term exchanged and the mean over the vocabulary; it has no upper bound and
-            chooses other layers.
+            arguments of each Kullback-Leibler term exchanged and the mean over the vocabulary; it has no upper bound
+            and chooses other layers.
         surviving: for a model from which blocks were removed, the original numbers of those that remain, in order;
             `layers` are then original numbers. None: `layers` count what is there.
     """
@@ -78,7 +78,7 @@ class Dola:
             return sorted(set(self.layers))
         if len(self.surviving) != blocks or list(self.surviving) != sorted(set(self.surviving)):
             raise RecipeError(
-                f"{len(self.surviving)} surviving blocks are named, ascending and each once, but the model has {blocks}."
+                f"surviving names {len(self.surviving)} blocks; the model has {blocks}, each named once and ascending."
             )
         return translate(self.layers, self.surviving)
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -86,7 +85,7 @@ def score(
     layers = how.candidates(len(found.blocks), tied=found.tied)
     ids = [row for row, _ in sequences]
     # Each first token's predictor must still be in its own part.
-    shared = min(len(os.path.commonprefix(ids)), min(start for _, start in sequences) - 1)
+    shared = min(_common(ids), min(start for _, start in sequences) - 1)
     if getattr(found.model, "_is_stateful", False):  # a state cannot be copied for each row
         shared = 0
     device = found.model.device
@@ -118,6 +117,14 @@ def score(
     return results
 
 
+def _common(rows: Sequence[list[int]]) -> int:
+    """How many ids all rows have in common at the start."""
+    for place, ids in enumerate(zip(*rows, strict=False)):
+        if len(set(ids)) > 1:
+            return place
+    return min(map(len, rows))
+
+
 def _logits(found: Layers, output: Any, states: Tensor) -> Iterator[tuple[Tensor, slice]]:
     """Logits [1 + layers, some, vocabulary] of states [1 + layers, positions, width], and which positions."""
     vocabulary = found.model.config.get_text_config().vocab_size
@@ -128,7 +135,7 @@ def _logits(found: Layers, output: Any, states: Tensor) -> Iterator[tuple[Tensor
 
 
 def _pick(both: Tensor, tokens: Tensor, how: Dola, scoring: Scoring) -> tuple[Tensor, Tensor, Tensor]:
-    """Plain and contrasted score and index of the layer for each token, from logits [1 + layers, tokens, vocabulary]."""
+    """Plain and contrasted score and index of the layer of each token; `both` is [1 + layers, tokens, vocabulary]."""
     scores, log_p, chosen = contrast(both[0], both[1:], how)
     if scoring.post_softmax:
         scores = scores.log_softmax(-1)

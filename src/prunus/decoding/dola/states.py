@@ -74,6 +74,7 @@ class Streams:
         self._behind = False  # the last block of this forward is done
         self._checked = False
         self._handles: list[Any] = []
+        self._turned: nn.Module | None = None  # the head, while it multiplies the other way round
 
     def __enter__(self) -> Self:
         """Hang the hooks."""
@@ -85,6 +86,8 @@ class Streams:
             if not isinstance(child, nn.ModuleList):
                 self._handles.append(child.register_forward_hook(self._note_tail))
         self._handles.append(self.found.body.register_forward_hook(self._end))
+        if self.beside:
+            self._turned = turn(self.found.model.get_output_embeddings())
         return self
 
     def __exit__(
@@ -93,6 +96,8 @@ class Streams:
         """Take them off."""
         for handle in self._handles:
             handle.remove()
+        if self._turned is not None:
+            del self._turned.forward
 
     def premature(self) -> Tensor:
         """What the head reads for each layer: [layers, sequences, positions, width]."""
@@ -151,6 +156,28 @@ class Streams:
                 f"What {type(self.found.model).__name__} does between its last block and its head cannot be told from "
                 "its modules, so DoLa cannot read inner layers of it."
             )
+
+
+def turn(head: nn.Module) -> nn.Module | None:
+    """Let a linear head on a CPU compute `(weight @ rows.T).T`, the same product, which is much quicker for a few rows.
+
+    For 9 rows of SmolLM2's head MKL takes 24 ms this way and 43 ms the usual way, and 12 ms for one row.
+
+    Returns:
+        The head, whose own `forward` is back once that attribute is deleted; None if it was left as it is.
+    """
+    weight = getattr(head, "weight", None)
+    if type(head) is not nn.Linear or not isinstance(weight, Tensor) or weight.device.type != "cpu":
+        return None
+    if "forward" in vars(head):  # wrapped by another library
+        return None
+
+    def forward(input: Tensor) -> Tensor:
+        made = (head.weight @ input.flatten(0, -2).T).T.unflatten(0, input.shape[:-1])
+        return made if head.bias is None else made + head.bias
+
+    head.forward = forward
+    return head
 
 
 def logits(found: Layers, output: Any, states: Tensor) -> Tensor:
