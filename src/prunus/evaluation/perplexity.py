@@ -77,8 +77,8 @@ def evaluate(  # noqa: PLR0913 - one argument for each thing that is part of the
         A JSON object: model, engine, perplexity, loss (nats a token), loss_stderr (standard error of the mean over
         windows; None for one), windows, length, predictions, tokens (in the windows), text_tokens (in the whole text),
         text, text_sha256, bos, dtype, device, seconds (of the windows alone), versions and, where asked, sample,
-        baseline (the same keys) and ratio (perplexity over the baseline's); with tasks, tasks and groups (`tasks.summary`) and
-        asked (what they depend on); notes, only where there is something to say.
+        baseline (the same keys) and ratio (perplexity over the baseline's); with tasks, tasks and groups
+        (`tasks.summary`) and asked (what they depend on); notes, only where there is something to say.
 
     Raises:
         RecipeError: a number out of range, windows longer than the model's positions, unusable device or dtype.
