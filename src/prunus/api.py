@@ -21,9 +21,13 @@ class Options(TypedDict, total=False):
     """Keyword arguments of `prune` and `plan`; each has the default that `prunus prune --help` names.
 
     Attributes:
+        preset: fast, balanced or best; instead of a method.
         method: a row of `prunus.catalogue()` of kind method.
         sparsity: share of the blocks' weights to remove, in [0, 1).
-        pattern: "unstructured", or "N:M" with N kept of every M consecutive inputs.
+        params: instead of a sparsity, parameters to keep, such as "100M" (methods for shapes).
+        size: instead of a sparsity, bytes to keep, such as "80MB" (methods for shapes).
+        round_to: neurons in multiples of this (methods for widths).
+        pattern: "unstructured", "N:M" with N kept of every M consecutive inputs, or "capped:K/M" with at most K.
         allocation: how the sparsity is divided over the blocks.
         metric: scores the weights instead of the method's own.
         update: corrects the kept weights instead of the method's own.
@@ -43,6 +47,7 @@ class Options(TypedDict, total=False):
         recipe: YAML that supplies the rest.
     """
 
+    preset: str
     method: str
     sparsity: float
     params: str

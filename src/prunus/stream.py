@@ -262,8 +262,8 @@ class Stream:
 
     def _load(self, block: Block, ready: Checkpoint | None) -> None:
         """Load a dense block, or one that is ready, with all that its shard holds (a bias may be new)."""
-        own = ready is None or ready is self.weights.checkpoint
-        self.weights.load(self.weights.sources(block.name) if own else ready.tensors, ready)
+        other = ready if ready is not self.weights.checkpoint else None
+        self.weights.load(self.weights.sources(block.name) if other is None else other.tensors, ready)
 
     def _load_embedding(self) -> None:
         """Load what lies outside of blocks and belongs to the base model: all but an untied head."""

@@ -54,6 +54,8 @@ def prepare(source: Path, folder: Path, variants: list[str]) -> None:
     Raises:
         PrunusError: GGUF cannot carry the model, or llama.cpp cannot quantise it.
     """
+    import ctypes
+
     import llama_cpp
 
     from prunus.formats import FORMATS, Settings
@@ -66,5 +68,5 @@ def prepare(source: Path, folder: Path, variants: list[str]) -> None:
         how = llama_cpp.llama_model_quantize_default_params()
         how.ftype, how.nthread = kinds[variant], 1
         read, made = (str(folder / f"model-{name}.gguf").encode() for name in ("f16", variant))
-        if llama_cpp.llama_model_quantize(read, made, how):
+        if llama_cpp.llama_model_quantize(read, made, ctypes.byref(how)):
             raise PrunusError(f"llama.cpp could not quantise the model to {variant}.")

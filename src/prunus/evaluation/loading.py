@@ -70,7 +70,7 @@ def load_model(
         return load_dense(folder, device=device, dtype=dtype)
     trust_remote_code = trust_remote_code or ours(folder)
     if is_fitted(folder):
-        model, _ = load_fitted(folder, _stored(folder) if kind == "auto" else kind, place, trust_remote_code)
+        model, _ = load_fitted(folder, _stored(folder) if isinstance(kind, str) else kind, place, trust_remote_code)
         return model
     try:
         with quiet():

@@ -194,7 +194,7 @@ def _rope(shapes: Shapes) -> list[Entry]:
     Raises:
         RecipeError: they change with the length of the text, or queries are rescaled.
     """
-    part = next(module for module in shapes.model.modules() if hasattr(module, "inv_freq"))
+    part: Any = next(module for module in shapes.model.modules() if hasattr(module, "inv_freq"))
     kind = shapes.config.rope_parameters.get("rope_type", "default")
     if kind not in ("default", "linear", "llama3") or getattr(part, "attention_scaling", 1.0) != 1.0:
         raise RecipeError(

@@ -83,7 +83,8 @@ def parts(block: Block, pool: Pool) -> tuple[Any, Any, Any]:
     """The experts, the router, and the module that holds both."""
     inside = [path.removeprefix(f"{block.name}.") for path in (pool.name, pool.router)]
     above = inside[0].rpartition(".")[0]
-    return (*(block.module.get_submodule(path) for path in inside), block.module.get_submodule(above))
+    experts, router = (block.module.get_submodule(path) for path in inside)
+    return experts, router, block.module.get_submodule(above)
 
 
 def per_expert(block: Block, pool: Pool) -> Iterator[tuple[str, nn.Module, str]]:

@@ -91,7 +91,7 @@ def perplexity(figure: Any, runs: Sequence[Run], ink: Ink, narrow: bool) -> None
             f"dense {floor:,.2f}" if not several else "dense", (0.01, floor), xycoords=("axes fraction", "data"),
             xytext=(0, 4), textcoords="offset points", color=ink.muted, fontsize=9,
         )  # fmt: skip
-    lowest = float(min([*values, *([floor] if floor else [])]))
+    lowest = min(float(value) for value in (*values, floor) if value)
     if max(values) > 8 * lowest:
         axes.set_yscale("log")
         plain_numbers(axes)

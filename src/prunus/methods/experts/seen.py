@@ -74,7 +74,8 @@ def _hooks(step: Step, found: dict[str, Seen], batches: int, keep: bool) -> Iter
 
 
 def _empty(pool: Pool) -> Seen:
-    return Seen(*(torch.zeros(pool.groups, dtype=torch.float64) for _ in range(3)))
+    counts, weights, norms = (torch.zeros(pool.groups, dtype=torch.float64) for _ in range(3))
+    return Seen(counts, weights, norms)
 
 
 @torch.no_grad()
