@@ -39,9 +39,11 @@ def one_thread():
     torch.set_num_threads(before)
 
 
-def here(folder: Path, probe: Path, dtype: str, device: str, trust_remote_code: bool = False) -> dict:
+def here(
+    folder: Path, probe: Path, dtype: str, device: str, trust_remote_code: bool = False, own: bool = False
+) -> dict:
     """The comparison of `verify`, in this process."""
-    found = compare(folder, probe, dtype, device, trust_remote_code)
+    found = compare(folder, probe, dtype, device, trust_remote_code, own)
     assert found["relative_difference"] <= TOLERANCE[dtype] and not found["missing"]
     return found | {"tolerance": TOLERANCE[dtype]}
 

@@ -14,7 +14,7 @@ import prunus.engine
 from families import FAMILIES, save_tiny
 from prunus.errors import ModelError, RecipeError
 from prunus.evaluation.loading import load_model
-from prunus.methods import DEPTH, SHAPES
+from prunus.methods import DEPTH, WIDTHS
 from prunus.output import Output
 from prunus.recipe import Recipe
 from prunus.verify import TOLERANCE, compare
@@ -64,7 +64,7 @@ def tensors(folder: Path) -> dict[str, torch.Tensor]:
     return {name: value for file in sorted(folder.glob("*.safetensors")) for name, value in load_file(file).items()}
 
 
-@pytest.mark.parametrize("method", SHAPES)
+@pytest.mark.parametrize("method", [*WIDTHS, *DEPTH])
 def test_every_method_reaches_its_share_and_its_result_loads(method: str, tmp_path: Path) -> None:
     result = prunus.engine.prune(recipe(method), tmp_path / "out")
     wanted = 0.25 if method == "last-quarter" else 0.4
@@ -108,9 +108,9 @@ def test_uniform_heads_and_biases_are_a_plain_configuration_where_the_class_has_
     assert not stored["model.layers.0.mlp.up_proj.bias"].any()
 
 
-def test_widths_of_their_own_are_loaded_by_prunus(tmp_path: Path) -> None:
+def test_widths_of_their_own_bring_their_modelling_file(tmp_path: Path) -> None:
     result = prunus.engine.prune(recipe("flap"), tmp_path / "out")
-    assert result["loads"] == "prunus"
+    assert result["loads"] == "code"
     model = load_model(tmp_path / "out")
     widths = [block.mlp.up_proj.out_features for block in model.model.layers]
     assert len(set(widths)) > 1

@@ -107,7 +107,8 @@ class Output:
                 self.work.write_tensors(f"checkpoint/{self._file(self.blocks[block.name])}", tensors)
         self._index()
         self._copy_files()
-        found = [self.work.read_tensors(self._orders_name(block)) for block in self.job.stream.blocks]
+        kept = [block for block in self.job.stream.blocks if block.name not in self.dropped]
+        found = [self.work.read_tensors(self._orders_name(block)) for block in kept]
         if orders := {name: order for part in found for name, order in (part or {}).items()}:
             self.work.write_tensors(f"checkpoint/{ORDERS}", orders)
         self._configure()

@@ -27,11 +27,12 @@ ELEMENTWISE: dict[str, Elementwise] = {
     "wanda++": Elementwise(Regional(), Unstructured("row"), paper=Regional.paper),
 }
 
-WIDTHS: dict[str, Structured] = {
+WIDTHS: dict[str, Structured | Surgeon] = {
     "flap": Structured(Fluctuation(), bias=True, paper="An et al. 2024, arXiv:2312.11983"),
     "wanda-sp": Structured(WandaMean(), "UL-UM", sequential=True, paper="An et al. 2024, arXiv:2312.11983"),
     "magnitude-sp": Structured(ColumnNorm(), "UL-UM", paper="An et al. 2024, arXiv:2312.11983"),
     "llm-pruner": Structured(TaylorScore(), "local", first=4, last=2, paper="Ma et al. 2023, arXiv:2305.11627"),
+    "obs-sp": Surgeon(paper="after Kurtic et al. 2023, arXiv:2302.04089"),
 }
 
 DEPTH: dict[str, Depth] = {
@@ -44,8 +45,6 @@ DEPTH: dict[str, Depth] = {
     "shortened-taylor": Depth(Taylor(), first=4, last=2, paper="Kim et al. 2024, arXiv:2402.02834"),
 }
 
-SURGEON = Surgeon(paper="after Kurtic et al. 2023, arXiv:2302.04089")
-
 EXPERTS: dict[str, Shape] = {
     "reap": Ranked(RouterWeighted(), paper="Lasby et al. 2025, arXiv:2510.13999"),
     "frequency": Ranked(Frequency(), paper="Lasby et al. 2025, arXiv:2510.13999 (baseline)"),
@@ -53,8 +52,8 @@ EXPERTS: dict[str, Shape] = {
     "naee": Exhaustive(paper="Lu et al. 2024, arXiv:2402.14800"),
 }
 
-SHAPES: dict[str, Shape] = {**WIDTHS, "obs-sp": SURGEON, **DEPTH, **EXPERTS}
+SHAPES: dict[str, Shape] = {**WIDTHS, **DEPTH, **EXPERTS}
 
 METHODS: dict[str, Elementwise | Shape] = {**ELEMENTWISE, **SHAPES}
 
-__all__ = ["ELEMENTWISE", "METHODS", "SHAPES", "WIDTHS", "Elementwise", "Shape"]
+__all__ = ["DEPTH", "ELEMENTWISE", "EXPERTS", "METHODS", "SHAPES", "WIDTHS", "Elementwise", "Shape"]
