@@ -33,9 +33,6 @@ BROKEN = 1e6
 # Parts of the learning rate that are tried in turn until one makes a part better than it began.
 SHARES = (1.0, 0.2)
 
-# One lesson of so many is looked at to see whether one does.
-FEW = 4
-
 
 @dataclass
 class Rebuilt:
@@ -93,12 +90,10 @@ def rebuild(how: Reconstruct, job: RecoveryJob, facing: Facing, lessons: Sequenc
         _start(how, job, facing, stats)
         del stats
         _round(job, facing, stored)
-        # A few of the lessons tell how it stands; another pass over all of them is not cheap.
-        few = -(-len(lessons) // FEW)
-        least = sum(outputs(facing.block.module, lessons[:few], device)[1])
-        if not least <= sum(shares[:few]):  # what is best for every matrix alone need not be for all together
+        least = sum(outputs(facing.block.module, lessons, device)[1])
+        if not least <= before:  # what is best for every matrix alone need not be for all together
             _put(stored, given)
-            least = sum(shares[:few])
+            least = before
         fitted, found, after = _trained(how, job, facing, lessons, together, least)
         count = _count(_trainable(how, job, facing))
         if after < before:
@@ -112,21 +107,20 @@ def _trained(
 ) -> tuple[Fitted, list[Tensor], float]:
     """Train, at a lower rate if that made it worse than it began, and not at all if that does too.
 
-    `least` is the error that it begins with, over the first of the lessons, one in `FEW`.
+    `least` is the error that it begins with.
 
     Returns:
         The losses of the training that was kept, the outputs of all lessons, and the error.
     """
     module, device, stored = facing.block.module, job.device, _stored(facing, how)
     schedule, start = how.schedule(job, len(lessons), together), _copies(stored)
-    few = -(-len(lessons) // FEW)
     fitted = Fitted()
     for share in SHARES if schedule.steps else ():
         slower = replace(schedule, lr=schedule.lr * share)
         fitted = fit(module, lessons, _trainable(how, job, facing), list(stored.values()), slower, device)
         _round(job, facing, stored)
         found, errors = outputs(module, lessons, device)
-        if sum(errors[:few]) <= least:
+        if sum(errors) <= least:
             fitted.share = share
             return fitted, found, sum(errors)
         _put(stored, start)
