@@ -67,7 +67,9 @@ class Engine:
             self.process.stdin.write(json.dumps(order) + "\n")
             self.process.stdin.flush()
         except BrokenPipeError:
-            raise PrunusError(f"{self.name} died while it was measured; is there enough memory?") from None
+            raise PrunusError(
+                f"{self.name} died while it was measured; is there enough memory, and does it run on this processor at all?"
+            ) from None
         return _answer(self.process, self.name)
 
 
@@ -196,7 +198,9 @@ def _answer(process: subprocess.Popen[str], name: str) -> dict[str, Any]:
     assert process.stdout is not None
     line = process.stdout.readline()
     if not line:
-        raise PrunusError(f"{name} died while it was measured; is there enough memory?")
+        raise PrunusError(
+            f"{name} died while it was measured; is there enough memory, and does it run on this processor at all?"
+        )
     return json.loads(line)
 
 

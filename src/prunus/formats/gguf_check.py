@@ -15,8 +15,9 @@ from prunus.formats.gguf_layout import Layout
 from prunus.formats.llama_run import run_llama
 
 # Largest allowed difference of a logit, relative to the largest one, by the type of the file. llama.cpp computes f16,
-# bf16 and q8_0 matrices with activations rounded to 16 or 8 bits. Measured on trained models: see docs/shapes.md.
-TOLERANCE = {"f32": 1e-3, "f16": 1e-2, "bf16": 5e-2, "q8_0": 1e-1}
+# bf16 and q8_0 matrices with activations rounded to 16 or 8 bits. Measured: f32 8e-7 at most, bf16 5e-3 and q8_0 2e-2
+# on a model of 260 thousand parameters; f16 1.6e-2 (70 % of the weights gone) and q8_0 4e-2 on SmolLM2-135M.
+TOLERANCE = {"f32": 1e-3, "f16": 5e-2, "bf16": 5e-2, "q8_0": 1e-1}
 PROMPTS = ("Once upon a time, there was", "The capital of the country is", "In the morning the children")
 GREEDY = 16
 TIE = 0.05
