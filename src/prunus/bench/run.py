@@ -67,9 +67,7 @@ class Engine:
             self.process.stdin.write(json.dumps(order) + "\n")
             self.process.stdin.flush()
         except BrokenPipeError:
-            raise PrunusError(
-                f"{self.name} died while it was measured; is there enough memory, and does it run on this processor at all?"
-            ) from None
+            raise _died(self.name) from None
         return _answer(self.process, self.name)
 
 
@@ -194,13 +192,15 @@ def _worker(name: str, module: str, folder: Path, variant: str, threads: int) ->
         process.communicate()
 
 
+def _died(name: str) -> PrunusError:
+    return PrunusError(f"{name} died while it was measured. Is there enough memory, and does it run on this processor?")
+
+
 def _answer(process: subprocess.Popen[str], name: str) -> dict[str, Any]:
     assert process.stdout is not None
     line = process.stdout.readline()
     if not line:
-        raise PrunusError(
-            f"{name} died while it was measured; is there enough memory, and does it run on this processor at all?"
-        )
+        raise _died(name)
     return json.loads(line)
 
 
