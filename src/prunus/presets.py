@@ -1,4 +1,4 @@
-"""Presets: whole choices under one word, as the experiment of docs/choose.md found them."""
+"""Presets: whole choices under one word; docs/choose.md has what was measured of them."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ class Preset:
 
 PRESETS: dict[str, Preset] = {
     "fast": Preset("one pass over a little text, no matrix is inverted", "wanda"),
-    "balanced": Preset("most of the quality for little more time than SparseGPT", "sparsegpt"),
+    "balanced": Preset("kept weights make up for the lost ones; a matrix is inverted for each input", "sparsegpt"),
     "best": Preset("the least loss, in some three times the time of SparseGPT", "alps"),
 }
 

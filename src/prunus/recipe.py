@@ -132,7 +132,7 @@ class PrunePart(_Part):
     """What is removed: metric x pattern x update, divided over the blocks by an allocation."""
 
     preset: Name | None = Field(
-        default=None, description="fast, balanced or best: a method, an allocation and settings that were measured"
+        default=None, description="fast, balanced or best: a method, an allocation and settings as one choice"
     )
     method: Name = Field(default="wanda", description="a row of `prunus methods` of kind method")
     metric: Name | None = Field(default=None, description="scores weights by this metric instead of the method's own")

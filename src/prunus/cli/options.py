@@ -46,8 +46,8 @@ RECIPE: dict[str, OptionInfo] = {
     "preset": option(
         "--preset NAME",
         WHAT,
-        "fast, balanced or best: a method, an allocation and their settings that were measured together (`prunus "
-        "methods`). Instead of --method.",
+        "fast, balanced or best: a method, an allocation and their settings as one choice (`prunus methods`). Instead "
+        "of --method.",
     ),
     "method": option(
         "--method NAME",
