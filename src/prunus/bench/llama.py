@@ -14,7 +14,7 @@ class Llama:
     """A GGUF file in llama.cpp."""
 
     def __init__(self, file: Path) -> None:
-        import llama_cpp
+        import llama_cpp  # pyright: ignore[reportMissingImports]
 
         threads = int(os.environ["PRUNUS_THREADS"])
         try:
@@ -56,7 +56,7 @@ def prepare(source: Path, folder: Path, variants: list[str]) -> None:
     """
     import ctypes
 
-    import llama_cpp
+    import llama_cpp  # pyright: ignore[reportMissingImports]
 
     from prunus.formats import FORMATS, Settings
 

@@ -33,7 +33,7 @@ def make_all(orders: Sequence[Order], address: str, progress: Progress) -> dict[
         RecipeError: Ray is not installed, or there is no cluster at the address.
     """
     try:
-        import ray
+        import ray  # pyright: ignore[reportMissingImports]
     except ImportError as problem:
         raise RecipeError(f"--ray needs Ray, which is not installed: {INSTALL}") from problem
     if not orders:

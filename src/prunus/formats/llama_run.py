@@ -48,7 +48,7 @@ def run_llama(file: Path, texts: list[str], tokens: list[list[int]]) -> tuple[li
 
 def main() -> None:
     """Do what the three words on the command line ask."""
-    import llama_cpp
+    import llama_cpp  # pyright: ignore[reportMissingImports]
     import numpy
     from safetensors.numpy import save_file
 
