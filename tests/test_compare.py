@@ -91,6 +91,12 @@ def grid(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]
     return out, prunus.compare(models=[MODEL], out=out, max_ppl_ratio=4, **options)
 
 
+def test_a_recipe_that_recovers_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "r.yaml").write_text("model: m\nrecover: {method: masklora}\n")
+    with pytest.raises(RecipeError, match="does not recover yet"):
+        entries([tmp_path / "r.yaml"])
+
+
 def test_a_row_that_fails_or_collapses_leaves_the_others_alone(grid: tuple[Path, dict[str, Any]]) -> None:
     _, result = grid
     rows = {row["name"]: row for row in result["rows"]}

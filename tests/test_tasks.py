@@ -16,11 +16,13 @@ from hypothesis import strategies as st
 from prunus.cli import main
 from prunus.errors import CalibrationError, RecipeError
 from prunus.evaluation.paired import mcnemar, resampled_means, verdict, versus, versus_group
+from prunus.evaluation.perplexity import known_dense
 from prunus.evaluation.task_data import fingerprint, read_rows
+from prunus.evaluation.tasks import _scores
 from prunus.recipe import EvaluatePart
 
 MODEL = Path(__file__).parent / "assets" / "stories260k"
-SHARED = Path("/work/shared/data")
+SHARED = Path(__file__).parents[2] / "shared" / "data"  # beside the checkout where there is one
 WORDS = ["cat", "dog", "bird", "fish", "frog"]
 
 
@@ -124,6 +126,39 @@ def test_a_malformed_line_is_named(line: str, words: str, tmp_path: Path) -> Non
     file.write_text(f'{{"a": 1, "b": {{"c": 2}}}}\n\n{line}\n')
     with pytest.raises(CalibrationError, match=words):
         read_rows(file, "t")
+
+
+@pytest.mark.parametrize("item", [{"question": "q"}, {"question": "q", "answer": "false"}])
+def test_an_item_without_an_answer_gets_no_label(item: dict[str, Any], tmp_path: Path) -> None:
+    file = tmp_path / "boolq.jsonl"
+    file.write_text(json.dumps(item) + "\n")
+    with pytest.raises(CalibrationError, match="line 1 has neither a label"):
+        read_rows(file, "boolq")
+    file.write_text(json.dumps(item | {"answer": False}) + "\n")
+    assert read_rows(file, "boolq").rows[0]["label"] == 0
+
+
+def test_pairs_are_of_the_filter_whose_number_is_shown() -> None:
+    class Task:
+        def higher_is_better(self) -> dict[str, bool]:
+            return {"acc": True}
+
+    samples = [
+        {"doc_id": item, "filter": name, "acc": float(item % 2 if name == "strict" else 1)}
+        for name in ("strict", "flexible")
+        for item in range(4)
+    ]
+    found = _scores(Task(), {"acc,strict": 0.5, "acc,flexible": 1.0}, samples)
+    assert (found["acc"], found["scores"], found["items"]) == (0.5, [0.0, 1.0, 0.0, 1.0], 4)
+
+
+def test_the_dense_model_of_a_recovered_folder_is_the_one_that_was_pruned(tmp_path: Path) -> None:
+    record = {"recipe": {"model": "pruned-folder"}, "pruned": {"recipe": {"model": str(MODEL)}}}
+    (tmp_path / "prunus.json").write_text(json.dumps(record))
+    assert known_dense(tmp_path, []) == str(MODEL)
+    (tmp_path / "prunus.json").write_text("{}")
+    notes: list[str] = []
+    assert known_dense(tmp_path, notes) is None and "--baseline" in notes[0]
 
 
 def test_lines_end_where_the_file_says_and_packed_files_are_the_same(tmp_path: Path) -> None:

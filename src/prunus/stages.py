@@ -112,11 +112,11 @@ def _bare(recipe: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _evaluate(recipe: Recipe, part: EvaluatePart, out: Path, progress: Progress) -> dict[str, Any]:
-    from prunus.evaluation.perplexity import evaluate
+    from prunus.evaluation.perplexity import NO_TEXT, evaluate
 
     return evaluate(
         str(out),
-        baseline=recipe.model if part.baseline else None,
+        baseline=recipe.model if part.baseline else NO_TEXT,
         device=recipe.device,
         dtype=recipe.dtype,
         trust_remote_code=recipe.trust_remote_code,

@@ -67,6 +67,8 @@ def entries(
                 made = from_options(given, file=file, places={**PLACES, **EVALUATION}, spell=spell)
                 # An unknown name is a slip of the pen: better said now than in a row of the table.
                 made.build()
+                if made.recover is not None:
+                    raise RecipeError(f"{file}: a comparison does not recover yet; take `recover` out of the recipe.")
                 words = [Path(file).stem] if file is not None and (len(files) > 1 or not axes) else []
                 words += [Path(model).name] if model is not None and len(models) > 1 else []
                 words += [

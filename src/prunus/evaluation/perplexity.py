@@ -16,7 +16,7 @@ from prunus.evaluation.loading import ENGINES, check_device, check_dtype
 from prunus.evaluation.measure import measure, summary, versions
 from prunus.evaluation.tasks import prepare
 from prunus.evaluation.windows import check_numbers, choose, cut
-from prunus.models.source import locate
+from prunus.models.source import dense_name, locate
 from prunus.progress import Progress, Silent
 
 __all__ = ["NO_TEXT", "evaluate", "known_dense", "measure", "summary", "versions"]
@@ -95,7 +95,9 @@ def evaluate(  # noqa: PLR0913 - one argument for each thing that is part of the
         raise RecipeError("With the text 'none' there is nothing to measure; name tasks, or a text.")
     reading = None if text == NO_TEXT else read(text, purpose="evaluation")
     notes: list[str] = []
-    baseline = None if baseline == NO_TEXT else baseline or (known_dense(model, notes) if tasks else None)
+    if baseline is None and tasks:
+        baseline = known_dense(model, notes, trust_remote_code)
+    baseline = None if baseline == NO_TEXT else baseline
     names = [str(model)] if baseline is None else [str(baseline), str(model)]
     folders = [locate(name, trust_remote_code=trust_remote_code) for name in names]
     # All that can be refused is refused before the first model is loaded.
@@ -121,12 +123,14 @@ def evaluate(  # noqa: PLR0913 - one argument for each thing that is part of the
     return {**result, "notes": notes} if notes else result
 
 
-def known_dense(model: str | Path, notes: list[str]) -> str | None:
+def known_dense(model: str | Path, notes: list[str], trust_remote_code: bool = False) -> str | None:
     """The dense model that a pruned folder's `prunus.json` names, if it can be had; else a note says why not."""
     try:
         record = json.loads((Path(model).expanduser() / "prunus.json").read_text("utf-8"))
-        dense = str(record["recipe"]["model"])
-        locate(dense)
+        dense = dense_name(record)
+        if dense is None:
+            raise KeyError("model")
+        locate(dense, trust_remote_code=trust_remote_code)
     except (OSError, ValueError, KeyError, TypeError):
         notes.append("The dense model is not known, so nothing stands beside the scores; name it with --baseline.")
         return None

@@ -42,7 +42,11 @@ class Rows:
 
 def _boolq(row: Row) -> Row:
     """As the hub has it: `label` 0 or 1; the published file says `answer: true`."""
-    return row if "label" in row else {**row, "label": int(bool(row.get("answer")))}
+    if "label" in row:
+        return row
+    if not isinstance(row.get("answer"), bool):
+        raise ValueError("has neither a label (0 or 1) nor an answer (true or false)")
+    return {**row, "label": int(row["answer"])}
 
 
 # Where published files and the hub's rows differ, what makes the one of the other.
@@ -109,17 +113,21 @@ def read_rows(path: Path, task: str) -> Rows:
         text = content.decode("utf-8")
     except (OSError, EOFError, zlib.error, UnicodeDecodeError) as problem:
         raise CalibrationError(f"{path} cannot be read as text ({problem}); copy or download it again.") from problem
-    rows, lines = [], []
+    adapt = ADAPTERS.get(task, lambda row: row)
+    rows, adapted, lines = [], [], []
     # Not splitlines(): JSON text may hold U+2028, which is no end of a line there.
     for number, line in enumerate(text.split("\n"), start=1):
         if line.strip():
             rows.append(_row(line, path, number))
             lines.append(number)
+            try:
+                adapted.append(adapt(rows[-1]))
+            except ValueError as problem:
+                raise CalibrationError(f"{path}, line {number} {problem}; mend or remove the line.") from None
             _same(rows[0], rows[-1], f"{path}, line {number}", f"line {lines[0]}")
     if not rows:
         raise CalibrationError(f"{path} is empty; it must hold one JSON object a line.")
-    adapt = ADAPTERS.get(task, lambda row: row)
-    return Rows(path, [adapt(row) for row in rows], lines, sha256(content).hexdigest())
+    return Rows(path, adapted, lines, sha256(content).hexdigest())
 
 
 def _row(line: str, path: Path, number: int) -> Row:

@@ -147,13 +147,16 @@ def _scores(task: Any, result: Mapping[str, Any], samples: Sequence[Mapping[str,
     """What lm-eval found for one task, under our names."""
     metrics: dict[str, float] = {}
     errors: dict[str, float | None] = {}
+    filters: dict[str, str] = {}
     for key, value in result.items():
-        name, comma, _ = key.partition(",")
+        name, comma, chosen = key.partition(",")
         if comma and isinstance(value, int | float):
+            filters.setdefault(name, chosen)
             target = errors if name.endswith("_stderr") else metrics
             target.setdefault(name.removesuffix("_stderr"), float(value))
     main = "acc" if "acc" in metrics else next(iter(metrics))
-    values = [sample.get(main) for sample in samples]
+    # lm-eval gives one sample for each item and filter; pairs are of the filter whose number is shown.
+    values = [sample.get(main) for sample in samples if sample.get("filter", filters[main]) == filters[main]]
     numbers = [float(value) for value in values if isinstance(value, int | float)]
     return {
         "acc": metrics.get("acc"),

@@ -9,11 +9,12 @@ import json
 import logging
 import os
 import re
+from collections.abc import Mapping
 from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from prunus.errors import ModelError, guess, near
 
@@ -231,3 +232,11 @@ def _meant(name: str) -> str:
     parent = Path(name).expanduser().parent
     beside = [str(file.parent) for file in parent.glob("*/config.json")] if parent.is_dir() else []
     return f"{guess(name, [*ALIASES, *cached, *beside])} These need no network: {', '.join(sorted(ALIASES))}."
+
+
+def dense_name(record: Mapping[str, Any]) -> str | None:
+    """The dense model that a record of prunus names, behind any number of recoveries."""
+    while isinstance(record.get("pruned"), dict) and record["pruned"]:
+        record = record["pruned"]
+    recipe = record.get("recipe")
+    return str(recipe["model"]) if isinstance(recipe, dict) and recipe.get("model") else None

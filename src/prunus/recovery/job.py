@@ -25,7 +25,7 @@ from prunus.memory import available
 from prunus.models.checkpoint import Checkpoint
 from prunus.models.discover import find_blocks
 from prunus.models.skeleton import parameter_count, skeleton
-from prunus.models.source import locate
+from prunus.models.source import dense_name, locate
 from prunus.models.weights import Weights
 from prunus.output import Output
 from prunus.recipe import Recipe, RecoverPart
@@ -176,14 +176,6 @@ def _dense_folder(part: RecoverPart, record: dict[str, Any], trust_remote_code: 
     if not name:
         raise RecipeError("This recovery needs the dense model, and nothing says which that is; name it with --dense.")
     return locate(name, trust_remote_code=trust_remote_code)
-
-
-def dense_name(record: dict[str, Any]) -> str | None:
-    """The dense model that a record of prunus names, behind any number of recoveries."""
-    while isinstance(record.get("pruned"), dict) and record["pruned"]:
-        record = record["pruned"]
-    recipe = record.get("recipe")
-    return str(recipe["model"]) if isinstance(recipe, dict) and recipe.get("model") else None
 
 
 def choose(part: RecoverPart) -> Recovery:
