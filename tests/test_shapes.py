@@ -15,9 +15,10 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 import prunus
 from prunus.errors import FormatError, ModelError
-from prunus.models.modelling import FILE, ours
+from prunus.models.modelling import FILE, describe, ours
 from prunus.shapes import settle
 from prunus.shapes.folder import read_shapes
+from prunus.shapes.write import write_config
 from shaped import STORIES, cut, logits_by_hand
 
 BIASES = {"self_attn.o_proj": 0.1, "mlp.down_proj": 0.1}
@@ -180,3 +181,38 @@ def test_a_copy_of_the_dense_model_is_left_as_it_is(tmp_path: Path) -> None:
     before = (tmp_path / "same" / "config.json").read_bytes()
     assert settle(tmp_path / "same")["stock"]
     assert (tmp_path / "same" / "config.json").read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    "spoil",
+    [
+        lambda folder: (folder / "custom_generate").mkdir() or (folder / "custom_generate/generate.py").write_text(""),
+        lambda folder: (folder / "tokenizer_config.json").write_text('{"auto_map": {"AutoTokenizer": "x.Y"}}'),
+        lambda folder: (folder / "config.json").write_text(
+            (folder / "config.json")
+            .read_text()
+            .replace('"modeling_pruned.Pruned', '"modeling_pruned.Pruned/x--a.Pruned')
+        ),
+        lambda folder: (folder / "other.py").write_text(""),
+    ],
+    ids=["generation", "tokenizer", "repository", "file"],
+)
+def test_other_code_beside_ours_is_not_trusted(spoil, tmp_path: Path) -> None:
+    config = {"model_type": "llama", "architectures": ["LlamaForCausalLM"]}
+    described = describe(config, "LlamaConfig", {"blocks": "model.layers", "biases": [], "ranks": {}}, {})
+    write_config(tmp_path, described)
+    assert ours(tmp_path)
+    spoil(tmp_path)
+    assert not ours(tmp_path)
+
+
+def test_a_third_party_s_code_is_not_taken_for_ours(tmp_path: Path) -> None:
+    config = {"model_type": "llama", "architectures": ["LlamaForCausalLM"], "auto_map": {"AutoConfig": "evil.Config"}}
+    write_config(tmp_path, config)
+    assert not (tmp_path / FILE).exists()
+    assert not ours(tmp_path)
+    linked = tmp_path / "elsewhere.py"
+    linked.write_text("kept")
+    (tmp_path / FILE).symlink_to(linked)
+    write_config(tmp_path, config)
+    assert linked.read_text() == "kept"

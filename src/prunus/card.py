@@ -20,6 +20,7 @@ The tensors themselves are smaller: files, memory and time shrink with them. {lo
 
 STOCK = "All blocks have shapes that stock transformers builds."
 OWN = "Blocks have shapes of their own, which stock classes have no place for; prunus loads them."
+CODE = "Blocks have shapes of their own, built by the short file modeling_pruned.py beside the weights; read it first."
 
 ZEROS = """
 The zeros are stored like any other number: the files are as large as the dense model's, and stock runtimes compute
@@ -66,7 +67,8 @@ def model_card(result: Mapping[str, Any], recipe: Mapping[str, Any] | None = Non
         recipe: the resolved recipe, for settings that the result does not repeat.
     """
     sparsity, shaped = result["sparsity"], bool(result.get("shapes"))
-    stock = result.get("loads", "transformers") == "transformers"
+    loads = result.get("loads", "transformers")
+    stock = loads == "transformers"
     name = _public(result["model"])
     base = (
         {"base_model": result["model"]}
@@ -79,7 +81,7 @@ def model_card(result: Mapping[str, Any], recipe: Mapping[str, Any] | None = Non
         title=_plain(f"{name}, {100 * sparsity['reached']:.0f} % pruned"),
         model=_code(name),
         done="removed" if shaped else "set to zero",
-        gain=SHAPED.format(loads=STOCK if stock else OWN) if shaped else ZEROS,
+        gain=SHAPED.format(loads={"transformers": STOCK, "code": CODE}.get(loads, OWN)) if shaped else ZEROS,
         needs="" if not stock else "It needs nothing but transformers." + ("" if shaped else KEEPS),
         reached=f"{100 * sparsity['reached']:.2f} %",
         share=f"{100 * sparsity['model']:.2f} %",
@@ -99,10 +101,11 @@ def _loading(result: Mapping[str, Any]) -> str:
         return f"import prunus\n\nmodel = prunus.load({folder!r})"
     if not causal(result):
         return f"from transformers import {name}\n\nmodel = {name}.from_pretrained({folder!r})"
+    trust = ", trust_remote_code=True" if result.get("loads") == "code" else ""  # modeling_pruned.py, read it first
     return (
         "from transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
-        f"model = AutoModelForCausalLM.from_pretrained({folder!r})\n"
-        f"tokenizer = AutoTokenizer.from_pretrained({folder!r})"
+        f"model = AutoModelForCausalLM.from_pretrained({folder!r}{trust})\n"
+        f"tokenizer = AutoTokenizer.from_pretrained({folder!r}{trust})"
     )
 
 

@@ -24,6 +24,7 @@ from prunus.job import Job, check_out, prepare
 from prunus.methods.elementwise import Elementwise
 from prunus.methods.shape import Shape
 from prunus.models.checkpoint import Checkpoint
+from prunus.models.modelling import ours
 from prunus.notes import collecting
 from prunus.output import Output
 from prunus.progress import Progress, Silent
@@ -165,7 +166,7 @@ def _publish(
             probe,
             job.dtype_name,
             str(job.device),
-            job.recipe.trust_remote_code or output.loads == "code",
+            job.recipe.trust_remote_code or ours(job.work.checkpoint),
             output.loads == "prunus",
         )
         if isinstance(job.method, Shape):

@@ -135,9 +135,14 @@ class Output:
     def _own_code(self, folder: Path) -> str:
         """Lay the modelling file beside blocks that differ; where even that does not fit, prunus alone loads them."""
         try:
-            return "transformers" if settle(folder)["stock"] else "code"
-        except PrunusError:
+            settled = settle(folder)
+        except PrunusError as problem:
+            self.job.warnings.append(f"Only prunus loads the result: {problem}")
             return "prunus"
+        if settled["relabelled"]:
+            name, former = settled["class"], settled["relabelled"]
+            self.job.warnings.append(f"config.json names {name}, which computes the same and fits; it was {former}.")
+        return "transformers" if settled["stock"] else "code"
 
     def _renamed(self, block: Block, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         """The tensors of a block under its new number, where blocks before it were dropped."""

@@ -46,7 +46,9 @@ def run(
     if pruned is None:
         from prunus.engine import prune
 
-        bare = recipe.model_copy(update={"recover": None})
+        # What a recovery is to mend is judged behind it.
+        judged = None if recipe.recover is not None else recipe.evaluate
+        bare = recipe.model_copy(update={"recover": None, "evaluate": judged})
         pruned = prune(bare, pruning, restart=restart, overwrite=overwrite, progress=progress)
     else:
         skipped.append("prune")

@@ -42,7 +42,8 @@ def verify(
         FormatError: the folder does not load, or computes something else.
     """
     order = {"dtype": dtype, "device": device, "trust_remote_code": trust_remote_code, "own": own}
-    command = [sys.executable, "-m", "prunus.verify", str(folder), str(probe), json.dumps(order)]
+    # -P: a file of the working directory (a model's folder, say) must not pass for a module.
+    command = [sys.executable, "-P", "-m", "prunus.verify", str(folder), str(probe), json.dumps(order)]
     environment = {key: value for key, value in os.environ.items() if key not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
     done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
     if done.returncode:

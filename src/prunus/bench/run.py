@@ -179,7 +179,7 @@ def _prepared(kind: Kind, packed: Path, scratch: Path) -> Path:
 def _worker(name: str, module: str, folder: Path, variant: str, threads: int) -> Iterator[Engine]:
     environment = os.environ | {"OMP_NUM_THREADS": str(threads), "PRUNUS_THREADS": str(threads)}
     process = subprocess.Popen(
-        [sys.executable, "-m", "prunus.bench.worker", module, str(folder), variant],
+        [sys.executable, "-P", "-m", "prunus.bench.worker", module, str(folder), variant],
         stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, env=environment,
     )  # fmt: skip
     try:

@@ -10,7 +10,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from prunus.loading import load
-from prunus.models.modelling import ours
+from prunus.models.modelling import FILE, ours
 
 if TYPE_CHECKING:
     from prunus.shapes.folder import Shapes
@@ -34,7 +34,7 @@ def runnable(source: Path, shapes: Shapes | None, scratch: Path) -> Path:
     linked = scratch / "runnable"
     linked.mkdir()
     for path in source.iterdir():
-        if path.is_file() and path.name != "config.json":
+        if path.is_file() and path.name not in ("config.json", FILE):
             (linked / path.name).symlink_to(path.resolve())
     write_config(linked, own_class(shapes))
     return linked

@@ -35,7 +35,7 @@ def run_llama(file: Path, texts: list[str], tokens: list[list[int]]) -> tuple[li
     with TemporaryDirectory() as scratch:
         order, result = Path(scratch) / "order.json", Path(scratch) / "result.safetensors"
         order.write_text(json.dumps({"texts": texts, "tokens": tokens}), encoding="utf-8")
-        command = [sys.executable, "-m", "prunus.formats.llama_run", str(file), str(order), str(result)]
+        command = [sys.executable, "-P", "-m", "prunus.formats.llama_run", str(file), str(order), str(result)]
         done = subprocess.run(command, capture_output=True, text=True, env=os.environ, check=False)
         if done.returncode:
             said = [line for line in done.stderr.splitlines() if "error" in line.lower() or "Error" in line]

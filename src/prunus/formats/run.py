@@ -41,7 +41,7 @@ def export(
     settings, progress = settings or Settings(), progress or Silent()
     kind = _format(format, settings)
     source = locate(model, trust_remote_code=settings.trust_remote_code)
-    target = Path(out).expanduser()
+    target = Path(out).expanduser().resolve()  # what a link names, not the link
     _check_place(target, source, kind, overwrite)
     begun = time.monotonic()
     progress.stage("export", 1)
@@ -106,7 +106,11 @@ def _replace(partial: Path, target: Path) -> None:
     old = target.with_name(f".{target.name}.prunus-old")
     _remove(old)
     target.replace(old)
-    partial.replace(target)
+    try:
+        partial.replace(target)
+    except OSError:
+        old.replace(target)
+        raise
     _remove(old)
 
 

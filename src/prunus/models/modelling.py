@@ -6,6 +6,7 @@ It is written from one template, so that prunus can tell its own file from any o
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -106,9 +107,14 @@ def describe(
     }
 
 
+def is_described(config: Mapping[str, Any]) -> bool:
+    """Whether config.json was made by `describe`; a third party's `auto_map` alone does not make it so."""
+    return str(config.get("model_type", "")).startswith(PREFIX)
+
+
 def plain(config: dict[str, Any]) -> dict[str, Any]:
     """The opposite of `describe`: config.json with the dense model's sizes and of its own class."""
-    if not str(config.get("model_type", "")).startswith(PREFIX):
+    if not is_described(config):
         return dict(config)
     dropped = ("auto_map", "per_layer_config", KEY)
     base = {name: value for name, value in config.items() if name not in dropped}
@@ -126,25 +132,23 @@ def ours(folder: Path) -> bool:
 
 
 def is_ours(folder: Path, config: dict[str, Any]) -> bool:
-    """True if all the code that the folder's config.json names is, byte for byte, the file that prunus ships."""
-    module = FILE.removesuffix(".py")
-    names = config.get("auto_map")
-    if not isinstance(names, dict) or not str(config.get("model_type", "")).startswith(PREFIX):
+    """True if all code that the folder can bring in is, byte for byte, the file that prunus ships.
+
+    Trust in a folder is trust in all of it, so nothing else may be there that transformers would run: no other Python
+    file, no folder of a generation of its own, no code named by the tokenizer.
+    """
+    if not is_described(config) or any(path != folder / FILE for path in folder.rglob("*.py")):
         return False
     try:
         expected = source(config)
         found = (folder / FILE).read_text(encoding="utf-8")
-    except (KeyError, IndexError, TypeError, OSError, UnicodeDecodeError):
+        settings = config["auto_map"]["AutoConfig"].rpartition(".")[2]
+        base = config["architectures"][0]
+        others = [json.loads(file.read_text(encoding="utf-8")) for file in folder.glob("*_config.json")]
+    except (KeyError, IndexError, TypeError, AttributeError, OSError, ValueError):
         return False
-    ours = {"AutoConfig", "AutoModelForCausalLM"}
-    return (
-        set(names) == ours
-        and all(str(name).startswith(f"{module}.Pruned") for name in names.values())
-        and (found == expected and _identifiers(config))
-    )
-
-
-def _identifiers(config: dict[str, Any]) -> bool:
-    """Names that were put into the file are plain names: nothing else can have come in with them."""
-    names = [*config["architectures"], *(value.rpartition(".")[2] for value in config["auto_map"].values())]
-    return all(name.isidentifier() for name in [*names, str(config["model_type"])])
+    module = FILE.removesuffix(".py")
+    named = {"AutoConfig": f"{module}.{settings}", "AutoModelForCausalLM": f"{module}.{base}"}
+    plain_names = all(name.isidentifier() for name in (settings, base, str(config["model_type"])))
+    quiet = not any(isinstance(other, dict) and "auto_map" in other for other in others)
+    return found == expected and config["auto_map"] == named and plain_names and quiet

@@ -16,6 +16,9 @@ from prunus.recovery.retrain import write
 from prunus.recovery.student import Student, loaded, probe_logits
 from prunus.recovery.training import judged, micro_rows
 
+# Settings of a LoRA adapter that change more than W + B·A.
+MORE_THAN_LORA = ("use_dora", "lora_bias", "modules_to_save", "target_parameters", "trainable_token_indices")
+
 if TYPE_CHECKING:
     from prunus.progress import Progress
     from prunus.recovery.job import RecoveryJob
@@ -126,6 +129,9 @@ class Merge:
             raise FormatError(f"{self.adapter}/adapter_config.json cannot be read: {str(error)[:200]}.") from None
         if str(getattr(config.peft_type, "value", config.peft_type)) != "LORA":
             raise ModelError(f"{self.adapter} is an adapter of kind {config.peft_type}; only LoRA is merged so.")
+        more = [name for name in MORE_THAN_LORA if getattr(config, name, None) not in (None, False, "none", [], {})]
+        if more:
+            raise ModelError(f"{self.adapter} sets {more[0]}, which is more than two factors and is not merged so.")
         return config
 
     def _put_on(self, student: Student) -> None:

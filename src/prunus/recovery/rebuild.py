@@ -185,7 +185,8 @@ def _start(how: Reconstruct, job: RecoveryJob, facing: Facing, stats: dict[str, 
         matrix.weight.copy_(form(matrix.weight, dense, mask, known))
         bias = getattr(slot.module, "bias", None) if slot.expert is None else None
         if bias is not None:
-            bias.copy_(twin.module.bias + shifted(matrix.weight, dense, known))  # type: ignore[operator]
+            shift, own = shifted(matrix.weight, dense, known), getattr(twin.module, "bias", None)
+            bias.copy_(shift if own is None else own + shift)
 
 
 def _trainable(how: Reconstruct, job: RecoveryJob, facing: Facing) -> Trainable:

@@ -57,6 +57,10 @@ def _small(config: PreTrainedConfig) -> PreTrainedModel:
     """The architecture with few layers (one of each kind), a small vocabulary, short windows and random weights."""
     config = copy.deepcopy(config)
     kinds = list(getattr(config, "layer_types", None) or [])
+    for name, value in config.to_dict().items():
+        each = isinstance(value, list) and len(value) == config.num_hidden_layers and name != "layer_types"
+        if each and any(one != value[0] for one in value):
+            raise NotCovered(f"{config.model_type} has layers that differ in {name}.")
     kept = sorted({kinds.index(kind) for kind in kinds}) or list(range(min(2, config.num_hidden_layers)))
     kept = kept if len(kept) > 1 else list(range(min(2, config.num_hidden_layers)))
     if kinds:

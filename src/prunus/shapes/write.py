@@ -64,10 +64,9 @@ def write_config(folder: Path, config: Mapping[str, Any]) -> None:
     """Write config.json, and the modelling file if it names one; an older one goes."""
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
     code = folder / modelling.FILE
-    if "auto_map" in config:
+    code.unlink(missing_ok=True)  # never written through a link into another folder
+    if modelling.is_described(config):
         code.write_text(modelling.source(dict(config)), encoding="utf-8")
-    else:
-        code.unlink(missing_ok=True)
 
 
 def add_zeros(folder: Path, shapes: Shapes, stock: Stock) -> None:
@@ -106,7 +105,7 @@ def rewrite(folder: Path, change: Change) -> None:
 
 def _done(config: Mapping[str, Any], relabelled: str | None, reason: str) -> dict[str, Any]:
     return {
-        "stock": "auto_map" not in config,
+        "stock": not modelling.is_described(config),
         "class": config["architectures"][0],
         "relabelled": relabelled,
         "per_layer": config.get("per_layer_config", {}),

@@ -124,7 +124,7 @@ class Exhaustive:
         """Masks of all mixtures.
 
         Raises:
-            RecipeError: so many experts cannot go, or there are too many subsets to try.
+            RecipeError: so many experts cannot go, there are too many subsets to try, or several processes.
         """
         left = counts(survey, sparsity)
         for block in survey.blocks:
@@ -137,6 +137,8 @@ class Exhaustive:
                     )
 
         def visit(step: Step, stats: Mapping[str, SiteStats]) -> Tensor:
+            if step.processes.world > 1:
+                raise RecipeError("Subsets of experts are tried by one process; start one.")
             found = watch(step, keep=True)
             masks = [
                 search(distance(step.block, pool, self._first(found[pool.name].inputs)), pool, left[pool.name])

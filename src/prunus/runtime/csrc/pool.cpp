@@ -36,10 +36,17 @@ bool changed(const std::atomic<uint32_t>& value, uint32_t seen, int yields) {
 }  // namespace
 
 Pool::Pool(int threads) : threads_(threads < 1 ? 1 : threads) {
-    for (int thread = 1; thread < threads_; thread++) workers_.emplace_back([this, thread] { serve(thread); });
+    try {
+        for (int thread = 1; thread < threads_; thread++) workers_.emplace_back([this, thread] { serve(thread); });
+    } catch (...) {  // the machine gives no more threads: those that run must end before the vector does
+        end();
+        throw;
+    }
 }
 
-Pool::~Pool() {
+Pool::~Pool() { end(); }
+
+void Pool::end() {
     {
         std::lock_guard<std::mutex> lock(mutex_);
         stop_ = true;

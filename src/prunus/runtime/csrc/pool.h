@@ -29,6 +29,9 @@ class Pool {
   private:
     void serve(int thread);
 
+    // Stops the workers and waits for them.
+    void end();
+
     const int threads_;
     std::vector<std::thread> workers_;
     std::mutex callers_;

@@ -215,7 +215,7 @@ void gather(const Matrix& matrix, const float* x, int64_t first, int64_t last, f
                 const vf value = load(to + i * TILE + part);
                 most = larger(most, larger(value, -value));
             }
-            const vf inverse = choose_lanes(most > 0.0f, 127.0f / most, vf{}), scale = most / 127.0f;
+            const vf inverse = choose_lanes(most > 1e-30f, 127.0f / most, vf{}), scale = most / 127.0f;
             const vf magic = splat(12582912.0f);
             for (int i = 0; i < CHUNK; i++) {
                 const vf value = load(to + i * TILE + part);

@@ -33,7 +33,7 @@ void quantise(const float* x, int64_t padded, int8_t* q, float* scale, int32_t* 
         for (int i = 0; i < CHUNK; i += LANES) most = larger(most, larger(load(x + i), -load(x + i)));
         float largest = 0;
         for (int i = 0; i < LANES; i++) largest = most[i] > largest ? most[i] : largest;
-        const float inverse = largest > 0 ? 127.0f / largest : 0.0f;
+        const float inverse = largest > 1e-30f ? 127.0f / largest : 0.0f;  // below it the quotient is infinite
         for (int i = 0; i < CHUNK; i += LANES) {
             const vf magic = splat(12582912.0f);  // rounds half to even
             const vi rounded = __builtin_convertvector((load(x + i) * inverse + magic) - magic, vi);
