@@ -199,7 +199,7 @@ def test_a_copy_of_the_dense_model_is_left_as_it_is(tmp_path: Path) -> None:
 )
 def test_other_code_beside_ours_is_not_trusted(spoil, tmp_path: Path) -> None:
     config = {"model_type": "llama", "architectures": ["LlamaForCausalLM"]}
-    described = describe(config, "LlamaConfig", {"blocks": "model.layers", "biases": [], "ranks": {}}, {})
+    described = describe(config, "LlamaConfig", {"blocks": "model.layers", "biases": []}, {})
     write_config(tmp_path, described)
     assert ours(tmp_path)
     spoil(tmp_path)

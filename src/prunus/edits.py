@@ -46,17 +46,6 @@ class Narrow:
     biases: Mapping[str, Tensor] = field(default_factory=dict)
 
 
-@dataclass(frozen=True)
-class Drop:
-    """A block goes; the one before it feeds the one behind it.
-
-    Attributes:
-        name: the block.
-    """
-
-    name: str
-
-
 def apply(block: Block, edit: Sparse, stored: Callable[[str], torch.dtype]) -> None:
     """Write a sparse matrix into a loaded block, rounded to the dtype that the checkpoint stores.
 

@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import json
 import time
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -17,18 +14,17 @@ from prunus import memory
 from prunus.data.tokens import folder_positions
 from prunus.distributed import Processes
 from prunus.edits import apply
-from prunus.errors import PrunusError
 from prunus.evaluation import guard
 from prunus.evidence import Evidence, of_inputs
-from prunus.job import Job, check_out, prepare
+from prunus.job import Job, prepare
 from prunus.methods.elementwise import Elementwise
 from prunus.methods.shape import Shape
 from prunus.models.checkpoint import Checkpoint
 from prunus.models.modelling import ours
-from prunus.notes import collecting
 from prunus.output import Output
-from prunus.progress import Progress, Silent
+from prunus.progress import Progress
 from prunus.recipe import Recipe
+from prunus.running import Clock, carry_out
 from prunus.shaping import cut, decide, shapes
 from prunus.sites import Block
 from prunus.statistics import SiteStats
@@ -55,70 +51,15 @@ def prune(
     Raises:
         PrunusError: the recipe, the model, the text or the place to write to do not do; nothing was changed then.
     """
-    progress = progress or Silent()
-    clock = Clock()
-    processes = Processes.join(recipe.device)
-    warnings: list[str] = []
-    job = None
-    try:
-        with collecting(warnings):
-            with clock("prepare"):
-                job = prepare(recipe, Path(out).resolve(), overwrite=overwrite, processes=processes, warnings=warnings)
-            result = _published(job, restart) or _run(job, restart, progress, clock)
-    except PrunusError:
-        if job is not None:
-            job.work.close_refused()
-        raise
-    finally:
-        progress.close()
-        if job is not None:
-            job.work.close()
-    processes.leave()
-    return result
+
+    def checked(processes: Processes, warnings: list[str]) -> Job:
+        return prepare(recipe, Path(out).resolve(), overwrite=overwrite, processes=processes, warnings=warnings)
+
+    return carry_out(checked, _run, device=recipe.device, restart=restart, progress=progress)
 
 
-@dataclass
-class Clock:
-    """Seconds by stage."""
-
-    seconds: dict[str, float] = field(default_factory=dict)
-    started: float = field(default_factory=time.monotonic)
-
-    @contextmanager
-    def __call__(self, stage: str) -> Iterator[None]:
-        """Count the time inside the context to a stage."""
-        begun = time.monotonic()
-        try:
-            yield
-        finally:
-            self.seconds[stage] = self.seconds.get(stage, 0.0) + time.monotonic() - begun
-
-    def read(self) -> dict[str, float]:
-        """Seconds of each stage, and in total."""
-        return {"total": time.monotonic() - self.started, **self.seconds}
-
-
-def _published(job: Job, restart: bool) -> dict[str, Any] | None:
-    """The result of the same run, if it was killed between OUT's appearance and the removal of its work folder."""
-
-    def finish() -> dict[str, Any] | None:
-        if not job.work.published:
-            return None
-        same = job.work.read("published.json") == job.fingerprint
-        job.work.close(remove=True)
-        if same and not restart:
-            return json.loads((job.out / "prunus.json").read_text(encoding="utf-8"))["result"]
-        check_out(job.out, job.checkpoint.folder, job.overwrite)
-        return None
-
-    return job.processes.on_first(finish)
-
-
-def _run(job: Job, restart: bool, progress: Progress, clock: Clock) -> dict[str, Any]:
+def _run(job: Job, progress: Progress, clock: Clock) -> dict[str, Any]:
     """Everything after the checks."""
-    job.processes.on_first(lambda: job.begin(restart))
-    for text in job.warnings:
-        progress.warn(text)
     job.processes.on_first(lambda: guard.dense_reference(job.recipe, job.work, progress))
     output = Output(job)
     evidence = Evidence(job.stream, job.batches, job.work, progress, job.needs)

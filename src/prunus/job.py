@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import platform
 import shutil
 from collections import Counter
 from dataclasses import dataclass
@@ -12,14 +11,11 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
-import accelerate
-import safetensors
 import torch
-import transformers
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from prunus import __version__, memory
+from prunus import memory
 from prunus.allocations import Allocation
 from prunus.budget import share
 from prunus.data.calibration import Calibration, calibrate
@@ -38,6 +34,7 @@ from prunus.models.weights import Weights
 from prunus.recipe import Recipe
 from prunus.sites import Block
 from prunus.stream import Batch, Stream
+from prunus.versions import decisive, versions
 from prunus.work import Work
 
 # Tokens in one forward pass: enough to keep matrix products busy, little enough to keep activations small.
@@ -90,6 +87,11 @@ class Job:
     resumed: int = 0
 
     @property
+    def folder(self) -> Path:
+        """The dense model."""
+        return self.checkpoint.folder
+
+    @property
     def needs(self) -> frozenset[type]:
         """Statistics that any part of the run reads."""
         return self.method.needs | self.allocation.needs
@@ -117,23 +119,18 @@ class Job:
     @property
     def versions(self) -> dict[str, str]:
         """Versions of all that has a say in the numbers."""
-        return {
-            "prunus": __version__, "torch": torch.__version__, "transformers": transformers.__version__,
-            "safetensors": safetensors.__version__, "accelerate": accelerate.__version__,
-            "python": platform.python_version(),
-        }  # fmt: skip
+        return versions()
 
     @property
     def fingerprint(self) -> dict[str, Any]:
         """What decides the result to the last bit; an unfinished run is only continued under the same."""
         recipe = {name: value for name, value in self.recipe.resolved().items() if name not in ("out", "evaluate")}
-        versions = {name: self.versions[name] for name in ("prunus", "torch", "transformers")}
         return {
             "recipe": json.loads(json.dumps(recipe)),
             "model": self.checkpoint.identity,
             "calibration": self.calibration.sha256,
             "files": named_files(self.recipe),
-            "versions": versions,
+            "versions": decisive(),
             # The order of summation, and with it the last bits, depends on these.
             "device": self.device.type, "threads": torch.get_num_threads(), "processes": self.processes.world,
         }  # fmt: skip

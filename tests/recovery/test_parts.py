@@ -8,10 +8,10 @@ import pytest
 import torch
 from helpers import half, job_of
 
+from prunus.bitmap import pack
 from prunus.recovery.effective import _Apply
 from prunus.recovery.forms import Masked, RowsTimesColumns, Scaled, group, kaiming, ones
 from prunus.recovery.lisa import drawn
-from prunus.recovery.masks import pack
 from prunus.recovery.objectives import Logits
 from prunus.recovery.prilora import prune_rows, ranks
 

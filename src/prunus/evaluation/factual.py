@@ -18,9 +18,9 @@ from prunus.decoding.dola.states import Layers
 from prunus.errors import CalibrationError, RecipeError
 from prunus.evaluation.factual_data import Item, read_items
 from prunus.evaluation.loading import load_model
-from prunus.evaluation.perplexity import versions
 from prunus.models.source import locate, read_config
 from prunus.progress import Progress, Silent
+from prunus.versions import decisive
 
 # Of the published evaluation: relative_top and how scores are summed.
 SETTINGS = {"truthfulqa": (0.0, Scoring()), "factor": (0.1, Scoring(post_softmax=True))}
@@ -77,7 +77,7 @@ def judge(  # noqa: PLR0913 - one argument for each thing that is part of the re
         results.append(
             {"model": name, "task": task, "items": len(items), "dola": asdict(how) | {"candidates": layers}}
             | _summary(items, scores)
-            | {"seconds": time.perf_counter() - begun, "versions": versions()}
+            | {"seconds": time.perf_counter() - begun, "versions": decisive()}
         )
         del found
     return results[-1] if baseline is None else {**results[1], "baseline": results[0]}

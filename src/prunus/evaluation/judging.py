@@ -11,11 +11,12 @@ from prunus.data.reading import Reading
 from prunus.data.tokens import load_tokenizer
 from prunus.errors import ModelError
 from prunus.evaluation.loading import ENGINES
-from prunus.evaluation.measure import measure, versions
+from prunus.evaluation.measure import measure
 from prunus.evaluation.sample import sample as continue_prompt
 from prunus.evaluation.tasks import Scores, Suite, score, summary
 from prunus.evaluation.windows import Windows
 from prunus.progress import Progress
+from prunus.versions import decisive
 
 
 @dataclass(frozen=True)
@@ -88,7 +89,7 @@ def judge(
         result |= {"text": questions.reading.source, "text_sha256": questions.reading.sha256}
     else:
         result |= {"dtype": str(loaded.dtype).removeprefix("torch."), "device": str(loaded.device)}
-    result["versions"] = versions()
+    result["versions"] = decisive()
     if questions.sample is not None:
         result["sample"] = continue_prompt(loaded, load_tokenizer(folder), prompt=questions.sample)
     if gate is not None:

@@ -6,7 +6,6 @@ import math
 import statistics
 import time
 from collections.abc import Sequence
-from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
 from prunus.data.tokens import check_vocabulary
@@ -72,10 +71,3 @@ def summary(means: Sequence[float]) -> dict[str, float | None]:
     loss = statistics.fmean(means)
     error = statistics.stdev(means) / math.sqrt(len(means)) if len(means) > 1 else None
     return {"perplexity": math.exp(loss) if loss < 709 else 1e308, "loss": loss, "loss_stderr": error}
-
-
-def versions() -> dict[str, str]:
-    """Versions of the packages that the numbers hang on."""
-    import prunus
-
-    return {"prunus": prunus.__version__, "torch": version("torch"), "transformers": version("transformers")}

@@ -13,13 +13,13 @@ from prunus.errors import PrunusError, RecipeError, near
 from prunus.evaluation.guard import check_ratio
 from prunus.evaluation.judging import Questions, beside, check_same, judge
 from prunus.evaluation.loading import ENGINES, check_device, check_dtype
-from prunus.evaluation.measure import measure, summary, versions
+from prunus.evaluation.measure import measure, summary
 from prunus.evaluation.tasks import prepare
 from prunus.evaluation.windows import check_numbers, choose, cut
 from prunus.models.source import dense_name, locate
 from prunus.progress import Progress, Silent
 
-__all__ = ["NO_TEXT", "evaluate", "known_dense", "measure", "summary", "versions"]
+__all__ = ["NO_TEXT", "evaluate", "known_dense", "measure", "summary"]
 
 NO_TEXT = "none"  # as a text: no perplexity; as a baseline: none
 

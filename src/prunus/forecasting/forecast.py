@@ -14,7 +14,6 @@ import numpy as np
 from prunus.data.tokens import head_token, load_tokenizer, positions
 from prunus.errors import FormatError, RecipeError
 from prunus.evaluation.loading import load_model
-from prunus.evaluation.perplexity import versions
 from prunus.forecasting import chain
 from prunus.forecasting.baselines import BASELINES, PRIOR, skill
 from prunus.forecasting.kernel import Reading, read_kernel
@@ -22,6 +21,7 @@ from prunus.forecasting.serial import Alphabet, Scale, probe_number_tokenizer
 from prunus.forecasting.series import LEAST, Series, read_series
 from prunus.models.source import locate, read_config
 from prunus.progress import Progress, Silent
+from prunus.versions import decisive
 
 BAND = (0.05, 0.95)
 MOST = 1000  # values that are read at once, however many positions there are
@@ -135,7 +135,7 @@ def forecast(
     forecaster = Forecaster(load_model(folder, **machine), alphabet, options, limit=limit)
     result = predict(series, forecaster, progress or Silent())
     return {
-        "log": str(log), "model": str(model), **result, "seconds": time.perf_counter() - begun, "versions": versions(),
+        "log": str(log), "model": str(model), **result, "seconds": time.perf_counter() - begun, "versions": decisive(),
     }  # fmt: skip
 
 

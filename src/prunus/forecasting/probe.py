@@ -16,12 +16,12 @@ import numpy as np
 from prunus.data.tokens import head_token, load_tokenizer, positions
 from prunus.errors import RecipeError, near
 from prunus.evaluation.loading import load_model
-from prunus.evaluation.perplexity import versions
 from prunus.forecasting.baselines import PRIOR
 from prunus.forecasting.kernel import Context
 from prunus.forecasting.serial import Alphabet, probe_number_tokenizer
 from prunus.models.source import locate, read_config
 from prunus.progress import Progress, Silent
+from prunus.versions import decisive
 
 CHAINS, STATES, LENGTH, SEED = 4, 5, 500, 0
 FIRST = 10  # positions before this say more about the prompt than about the model
@@ -141,5 +141,5 @@ def probe(
         head = head_token(tokenizer, "auto")
         alphabet = probe_number_tokenizer(tokenizer, () if head is None else (head,))
         found = PROBES[name](load_model(folder, **machine), alphabet, length=limit, progress=progress)
-        results.append({"model": each, "probe": name, **found, "versions": versions()})
+        results.append({"model": each, "probe": name, **found, "versions": decisive()})
     return results[-1] if baseline is None else {**results[1], "baseline": results[0]}

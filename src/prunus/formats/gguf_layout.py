@@ -110,8 +110,6 @@ def lay_out(shapes: Shapes) -> Layout:
         )
     family = FAMILIES[kind]
     arch = family.uniform if shapes.uniform else family.unequal
-    if shapes.ranks:
-        raise RecipeError("GGUF has no architecture for matrices stored as two factors; --format hf carries them.")
     if arch is None:
         varied = sorted({key for fit in shapes.fits for key in fit.widths})
         raise RecipeError(

@@ -12,7 +12,7 @@ from typing import Any
 
 FILE = "modeling_pruned.py"
 PREFIX = "pruned_"  # of `model_type`
-KEY = "pruned"  # of config.json: {"blocks": path, "biases": [...], "ranks": {...}}
+KEY = "pruned"  # of config.json: {"blocks": path, "biases": [...]}
 
 TEMPLATE = '''"""{base} with every block at its own widths, as `per_layer_config` in config.json says.
 
@@ -59,12 +59,6 @@ class Pruned{base}({base}):
         for name in shape["biases"]:
             linear = self.get_submodule(name)
             linear.bias = nn.Parameter(torch.zeros(linear.out_features))
-        for name, rank in shape["ranks"].items():
-            parent, _, child = name.rpartition(".")
-            dense = self.get_submodule(name)
-            first = nn.Linear(dense.in_features, rank, bias=False)
-            second = nn.Linear(rank, dense.out_features, bias=dense.bias is not None)
-            setattr(self.get_submodule(parent), child, nn.Sequential(first, second))
         self.post_init()
 
 

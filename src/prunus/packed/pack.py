@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from prunus import bitmap
 from prunus.errors import ModelError
 from prunus.packed.matrix import GROUP, KINDS, PackedMatrix, QuantizedMatrix
 
@@ -54,7 +55,7 @@ def pack(weight: Tensor, kind: str, order: Tensor | None = None) -> PackedMatrix
         values = codes[mask] if kind == "int8" else _halves(codes, mask)
     stored = None if order is None else order.to(torch.int32)
     rows, columns = weight.shape
-    return PackedMatrix(rows, columns, kind, bits(mask), values, scales, stored)
+    return PackedMatrix(rows, columns, kind, bitmap.pack(mask), values, scales, stored)
 
 
 def quantize_dense(weight: Tensor) -> QuantizedMatrix:
@@ -85,13 +86,6 @@ def quantize(weight: Tensor, levels: Levels) -> tuple[Tensor, Tensor]:
         scales = _least_error(groups, largest, levels)
     codes = _round(groups, scales, levels)
     return codes.flatten(1)[:, :columns].contiguous(), scales
-
-
-def bits(mask: Tensor) -> Tensor:
-    """A bool mask `[rows, columns]` as uint8 `[rows, ceil(columns / 8)]`, the lowest bit first."""
-    bytes_ = pad(mask.to(torch.uint8), (0, -mask.shape[1] % 8)).unflatten(1, (-1, 8))
-    places = torch.tensor([1, 2, 4, 8, 16, 32, 64, 128], dtype=torch.uint8, device=mask.device)
-    return (bytes_ * places).sum(2, dtype=torch.uint8)
 
 
 def _least_error(groups: Tensor, largest: Tensor, levels: Levels) -> Tensor:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from prunus import bitmap
 from prunus.packed.matrix import GROUP, KINDS, PackedMatrix, QuantizedMatrix, row_counts
 
 
@@ -34,12 +35,6 @@ def unpack_plainly(matrix: PackedMatrix) -> list[list[float]]:
     return dense
 
 
-def kept(matrix: PackedMatrix) -> Tensor:
-    """Where stored columns are kept: bool `[rows, columns]`, in stored order."""
-    shifts = torch.arange(8, dtype=torch.uint8, device=matrix.bitmap.device)
-    return (matrix.bitmap[..., None] >> shifts & 1).flatten(1)[:, : matrix.columns].bool()
-
-
 def numbers(matrix: PackedMatrix) -> Tensor:
     """The kept values as numbers, row after row; int8 and int4 without their scales."""
     if matrix.kind != "int4":
@@ -59,7 +54,7 @@ def unpack(matrix: PackedMatrix) -> Tensor:
     """
     dtype = KINDS[matrix.kind] if matrix.scales is None else torch.float32
     dense = torch.zeros(matrix.shape, dtype=dtype, device=matrix.bitmap.device)
-    dense[kept(matrix)] = numbers(matrix).to(dtype)
+    dense[bitmap.unpack(matrix.bitmap, matrix.columns)] = numbers(matrix).to(dtype)
     if matrix.scales is not None:
         dense *= matrix.scales.float().repeat_interleave(GROUP, 1)[:, : matrix.columns]
     if matrix.order is None:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from prunus.recovery.masks import unpack
+from prunus.bitmap import unpack
 
 Parameters = tuple[Tensor, ...]
 

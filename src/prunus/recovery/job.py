@@ -3,19 +3,14 @@
 from __future__ import annotations
 
 import json
-import platform
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import accelerate
-import safetensors
 import torch
-import transformers
 from transformers import PreTrainedModel
 
-from prunus import __version__
 from prunus.data.tokens import folder_positions
 from prunus.distributed import Processes, local_device
 from prunus.errors import ModelError, RecipeError, near
@@ -36,6 +31,7 @@ from prunus.recovery.rows import Lessons, lessons
 from prunus.recovery.samples import written
 from prunus.sites import Block
 from prunus.stream import Batch, Stream
+from prunus.versions import decisive, versions
 from prunus.work import Work
 
 # Sequences in one step, unless the user or the recovery says how many.
@@ -113,11 +109,7 @@ class RecoveryJob:
     @property
     def versions(self) -> dict[str, str]:
         """Versions of all that has a say in the numbers."""
-        return {
-            "prunus": __version__, "torch": torch.__version__, "transformers": transformers.__version__,
-            "safetensors": safetensors.__version__, "accelerate": accelerate.__version__,
-            "python": platform.python_version(),
-        }  # fmt: skip
+        return versions()
 
     @property
     def fingerprint(self) -> dict[str, Any]:
@@ -127,7 +119,7 @@ class RecoveryJob:
             "recipe": json.loads(json.dumps(recipe)),
             "model": self.checkpoint.identity,
             "text": self.lessons.summary["sha256"],
-            "versions": {name: self.versions[name] for name in ("prunus", "torch", "transformers")},
+            "versions": decisive(),
             "device": self.device.type, "threads": torch.get_num_threads(), "processes": self.processes.world,
         }  # fmt: skip
 

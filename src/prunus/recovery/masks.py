@@ -16,6 +16,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor
 
+from prunus.bitmap import pack, unpack
 from prunus.errors import FormatError
 from prunus.sites import Block, Matrix, SiteInfo
 
@@ -100,19 +101,6 @@ class Masks:
             if name not in found.columns or bits.shape[-1] != -(-found.columns[name] // 8):
                 raise FormatError(f"{path}: the mask of {name} is damaged. Copy the file again, or remove it.")
         return found
-
-
-def pack(keep: Tensor) -> Tensor:
-    """Bool `[out, in]` → uint8 `[out, ceil(in / 8)]`; the last byte of a row is filled up with zeros."""
-    padded = torch.nn.functional.pad(keep, (0, -keep.shape[1] % 8)).unflatten(1, (-1, 8))
-    weights = (1 << torch.arange(8, device=keep.device)).to(torch.uint8)
-    return (padded * weights).sum(-1, dtype=torch.uint8)
-
-
-def unpack(bits: Tensor, columns: int) -> Tensor:
-    """The inverse of `pack`: bool `[out, columns]`."""
-    shifts = torch.arange(8, device=bits.device, dtype=torch.uint8)
-    return ((bits.unsqueeze(-1) >> shifts) & 1).flatten(1)[:, :columns].to(torch.bool)
 
 
 def pattern_of(keep: Tensor) -> str | None:

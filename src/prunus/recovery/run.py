@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -10,18 +9,16 @@ import torch
 
 from prunus import memory
 from prunus.distributed import Processes
-from prunus.engine import Clock
-from prunus.errors import FormatError, PrunusError
-from prunus.job import check_out
+from prunus.errors import FormatError
 from prunus.models.checkpoint import Checkpoint
-from prunus.notes import collecting
-from prunus.progress import Progress, Silent
+from prunus.progress import Progress
 from prunus.recipe import Recipe
 from prunus.recovery import masks as registry
 from prunus.recovery.card import recovery_card
 from prunus.recovery.job import RecoveryJob, prepare
 from prunus.recovery.masks import violations
 from prunus.recovery.recovery import Outcome, Recovery
+from prunus.running import Clock, carry_out
 from prunus.verify import verify
 
 
@@ -50,52 +47,17 @@ def recover(
     Raises:
         PrunusError: the recipe, the model, the text or the place to write to do not do, or the training failed.
     """
-    progress = progress or Silent()
-    clock = Clock()
-    processes = Processes.join(recipe.device)
-    warnings: list[str] = []
-    job = None
-    try:
-        with collecting(warnings):
-            with clock("prepare"):
-                job = prepare(
-                    recipe, Path(out).resolve(), recovery=recovery, overwrite=overwrite, processes=processes,
-                    warnings=warnings,
-                )  # fmt: skip
-            result = _published(job, restart) or _run(job, restart, progress, clock)
-    except PrunusError:
-        if job is not None:
-            job.work.close_refused()
-        raise
-    finally:
-        progress.close()
-        if job is not None:
-            job.work.close()
-    processes.leave()
-    return result
+
+    def checked(processes: Processes, warnings: list[str]) -> RecoveryJob:
+        return prepare(
+            recipe, Path(out).resolve(), recovery=recovery, overwrite=overwrite, processes=processes, warnings=warnings
+        )
+
+    return carry_out(checked, _run, device=recipe.device, restart=restart, progress=progress)
 
 
-def _published(job: RecoveryJob, restart: bool) -> dict[str, Any] | None:
-    """The result of the same run, if it was killed between OUT's appearance and the removal of its work folder."""
-
-    def finish() -> dict[str, Any] | None:
-        if not job.work.published:
-            return None
-        same = job.work.read("published.json") == job.fingerprint
-        job.work.close(remove=True)
-        if same and not restart:
-            return json.loads((job.out / "prunus.json").read_text(encoding="utf-8"))["result"]
-        check_out(job.out, job.folder, job.overwrite)
-        return None
-
-    return job.processes.on_first(finish)
-
-
-def _run(job: RecoveryJob, restart: bool, progress: Progress, clock: Clock) -> dict[str, Any]:
+def _run(job: RecoveryJob, progress: Progress, clock: Clock) -> dict[str, Any]:
     """Everything after the checks."""
-    job.processes.on_first(lambda: job.begin(restart))
-    for text in job.warnings:
-        progress.warn(text)
     with clock("recover"):
         outcome = job.recovery.recover(job, progress)
     return job.processes.on_first(lambda: _publish(job, outcome, progress, clock))

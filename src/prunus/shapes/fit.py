@@ -1,7 +1,7 @@
 """Which sizes each block of a checkpoint has, found by comparing its tensors with blocks built from the config.
 
 No table of families: keys of the configuration that set a width are tried until transformers' own class builds a block
-of exactly the tensors' shapes. What the class has no place for, a bias or two factors of a matrix, is named apart.
+of exactly the tensors' shapes. What the class has no place for, a bias, is named apart.
 """
 
 from __future__ import annotations
@@ -37,12 +37,10 @@ class BlockFit:
     Attributes:
         widths: key of the configuration -> value in this block; only those that differ.
         biases: modules with a bias that the class does not give them, relative to the block.
-        ranks: modules stored as two factors, relative to the block -> rank.
     """
 
     widths: Mapping[str, int] = field(default_factory=dict)
     biases: tuple[str, ...] = ()
-    ranks: Mapping[str, int] = field(default_factory=dict)
 
 
 class Fitter:
@@ -108,14 +106,13 @@ class Fitter:
 
     def _search(self, name: str, index: int, tensors: Mapping[str, Shape], experts: Mapping[str, int]) -> BlockFit:
         dense = self.shapes(index, {})
-        known, biases, ranks = _apart(tensors, dense)
+        known, biases = _apart(tensors, dense)
         for widths in self._trials(dense, known):
             shapes = self.shapes(index, widths)
             whole = all(stack in shapes and shapes[stack][0] == count for stack, count in experts.items())
-            elsewhere = {*experts, *(f"{module}.weight" for module in ranks)}
             same = all(shapes.get(tensor) == shape for tensor, shape in known.items())
-            if shapes and whole and same and set(shapes) - set(known) <= elsewhere:
-                return BlockFit(widths, biases, ranks)
+            if shapes and whole and same and set(shapes) - set(known) <= set(experts):
+                return BlockFit(widths, biases)
         odd = next((tensor for tensor, shape in known.items() if dense.get(tensor) != shape), next(iter(known), ""))
         raise FormatError(
             f"{name}: no widths of {type(self.config).__name__} give the shapes of its tensors (first: {odd}, "
@@ -146,20 +143,15 @@ class Fitter:
             yield {key: value for part in chosen for key, value in part.items()}
 
 
-def _apart(
-    tensors: Mapping[str, Shape], dense: Mapping[str, Shape]
-) -> tuple[dict[str, Shape], tuple[str, ...], dict[str, int]]:
-    """Tensors that the class has a place for, modules with an extra bias, modules stored as two factors."""
-    known, biases, ranks = {}, [], {}
+def _apart(tensors: Mapping[str, Shape], dense: Mapping[str, Shape]) -> tuple[dict[str, Shape], tuple[str, ...]]:
+    """Tensors that the class has a place for, and modules with an extra bias."""
+    known, biases = {}, []
     for name, shape in tensors.items():
         module, _, last = name.rpartition(".")
-        parent, _, number = module.rpartition(".")
         if name in dense:
             known[name] = shape
         elif last == "bias" and f"{module}.weight" in dense:
             biases.append(module)
-        elif last == "weight" and number in ("0", "1") and f"{parent}.weight" in dense:
-            ranks[parent] = shape[0] if number == "0" else ranks.get(parent, shape[1])
         else:
             known[name] = shape  # the class has no such tensor: no trial will explain it
-    return known, tuple(sorted(biases)), ranks
+    return known, tuple(sorted(biases))

@@ -67,7 +67,7 @@ class Shapes:
     @property
     def plain(self) -> bool:
         """True if the configuration as it stands describes all blocks."""
-        return not any(fit.widths or fit.biases or fit.ranks for fit in self.fits)
+        return not any(fit.widths or fit.biases for fit in self.fits)
 
     def stored(self, name: str) -> str:
         """The name on disk of a tensor, which may be a new bias of a module that is there."""
@@ -79,13 +79,6 @@ class Shapes:
     def biases(self) -> list[str]:
         """Modules of all blocks with a bias that the class does not give them."""
         return [f"{self.blocks}.{index}.{name}" for index, fit in enumerate(self.fits) for name in fit.biases]
-
-    @property
-    def ranks(self) -> dict[str, int]:
-        """Modules of all blocks that are stored as two factors -> rank."""
-        named = ((f"{self.blocks}.{index}.{name}", rank) for index, fit in enumerate(self.fits) for name, rank in
-                 fit.ranks.items())  # fmt: skip
-        return dict(named)
 
     @property
     def per_layer(self) -> dict[str, dict[str, int]]:

@@ -50,8 +50,6 @@ def find_stock(shapes: Shapes, widths: Mapping[str, int]) -> Stock:
         FormatError: none does; the sentence says why, class by class.
     """
     reasons = []
-    if shapes.ranks:
-        raise FormatError("no stock class holds matrices as two factors")
     own = shapes.written["model_type"]
     for kind in (own, *(other for other in RELABELS if own in RELABELS and other != own)):
         try:
