@@ -169,7 +169,10 @@ def buys(result: Result) -> str:
     if pattern.startswith("capped:"):
         gain = "A cap on every window makes prunus' own runtime fast: prunus export OUT PACKED --format packed."
     elif ":" not in pattern:
-        gain = "Unstructured zeros keep the most quality at a given sparsity; only a runtime made for them gains speed."
+        gain = (
+            "Unstructured zeros keep the most quality at a given sparsity. prunus' own runtime leaves them out: prunus "
+            "export OUT PACKED --format packed, then prunus bench PACKED."
+        )
     elif not _same_everywhere(result):
         group = pattern.partition(":")[2]
         gain = (
@@ -182,7 +185,10 @@ def buys(result: Result) -> str:
             "no longer does. On CPUs it gains nothing over unstructured 50 % where we measured it, and costs quality."
         )
     else:
-        gain = f"No stock runtime executes {pattern}; only a runtime made for it gains speed."
+        gain = (
+            f"No stock runtime executes {pattern}. prunus' own leaves the zeros out: prunus export OUT PACKED --format "
+            "packed, then prunus bench PACKED."
+        )
     return wrap(f"What it buys: {stored} {gain}")
 
 

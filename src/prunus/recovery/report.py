@@ -30,7 +30,8 @@ def recover_text(result: Result) -> str:
     }
     head = f"Recovered {result['model']} with {result['method']} into {result['out']}"
     warnings = [wrap(f"Warning: {warning}") for warning in result.get("warnings") or ()]
-    following = f"Next:\n  prunus evaluate {shlex.quote(str(result['out']))} --baseline {shlex.quote(result['model'])}"
+    dense = str(result.get("dense") or result["model"])
+    following = f"Next:\n  prunus evaluate {shlex.quote(str(result['out']))} --baseline {shlex.quote(dense)}"
     return "\n\n".join([head, pairs(facts), *warnings, following])
 
 

@@ -11,6 +11,7 @@ from prunus import memory
 from prunus.distributed import Processes
 from prunus.errors import FormatError
 from prunus.models.checkpoint import Checkpoint
+from prunus.models.source import dense_name
 from prunus.progress import Progress
 from prunus.recipe import Recipe
 from prunus.recovery import masks as registry
@@ -129,6 +130,7 @@ def _result(job: RecoveryJob, outcome: Outcome, zeros: dict[str, Any], clock: Cl
     weights = max(sum(map(job.masks.size, job.masks.packed)), 1)
     return {
         "model": job.recipe.model,
+        "dense": job.part.dense or dense_name(job.record),
         "out": str(job.out),
         "method": job.part.method,
         "objective": job.part.objective,
