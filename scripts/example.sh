@@ -8,7 +8,7 @@ export COLUMNS=100
 
 show() {
     echo "\$ $1"
-    bash -c "$1 --quiet"
+    bash -c "$1 --quiet" | sed -e "s#$folder/##g" # as a reader's own folder would look
     echo
 }
 
