@@ -67,9 +67,9 @@ def screen(arguments: argparse.Namespace) -> None:
         if time.monotonic() - begun > 60 * arguments.minutes:
             print("time is up; the same command goes on")
             return
-        row = {"name": name, "model": Path(arguments.model).name, "prune": prune}
+        row = {"name": name, "model": Path(arguments.model).name, "dtype": arguments.dtype, "prune": prune}
         try:
-            row |= judge(arguments.model, prune, calibration, texts)
+            row |= judge(arguments.model, prune, calibration, texts, arguments.dtype)
         except PrunusError as refused:
             row["refused"] = str(refused)
         with arguments.out.open("a") as file:
@@ -116,6 +116,7 @@ def main() -> None:
     parser.add_argument("--calibration", default="wikitext2")
     parser.add_argument("--samples", type=int, default=8)
     parser.add_argument("--length", type=int, default=256)
+    parser.add_argument("--dtype", default="auto", help="bfloat16 is three times as fast where the processor has it")
     parser.add_argument("--metrics", nargs="+", choices=METRICS, default=list(METRICS))
     parser.add_argument("--updates", nargs="+", choices=UPDATES, default=list(UPDATES))
     parser.add_argument(

@@ -32,7 +32,11 @@ from prunus.stream import Batch
 
 
 def judge(
-    model: str, prune: Mapping[str, Any], calibration: Mapping[str, Any], texts: Mapping[str, Mapping[str, Any]]
+    model: str,
+    prune: Mapping[str, Any],
+    calibration: Mapping[str, Any],
+    texts: Mapping[str, Mapping[str, Any]],
+    dtype: str = "auto",
 ) -> dict[str, Any]:
     """Perplexities of a model after pruning.
 
@@ -41,6 +45,7 @@ def judge(
         prune: the recipe's `prune`.
         calibration: the recipe's `calibration`.
         texts: name → `{"text": …, "length": …, "indices": numbers of windows}`.
+        dtype: of the forward passes, those of the evaluation too, as in a recipe.
 
     Returns:
         `windows` (text → mean loss of each window, nats a token), `perplexity` (text → number), `sparsity`,
@@ -48,7 +53,7 @@ def judge(
     """
     warnings: list[str] = []
     with tempfile.TemporaryDirectory() as folder, collecting(warnings):
-        recipe = Recipe(model=model, prune=dict(prune), calibration=dict(calibration))
+        recipe = Recipe(model=model, prune=dict(prune), calibration=dict(calibration), dtype=dtype)
         job = prepare(recipe, Path(folder) / "out", overwrite=False, processes=Processes(), warnings=warnings)
         job.begin(restart=True)
         try:

@@ -11,6 +11,7 @@ from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForCon
 
 from families import FAMILIES, save_tiny, tiny_inputs
 from prunus.engine import prune
+from prunus.errors import RecipeError
 from prunus.recipe import Recipe
 
 IMAGE = 7
@@ -90,3 +91,22 @@ def test_without_images_the_language_tower_is_pruned_and_the_other_named(llava: 
     result = prune(recipe, tmp_path / "out")
     assert list(shares(result)) == ["model.language_model.layers"]
     assert any("model.vision_tower.encoder.layers did not run" in warning for warning in result["warnings"])
+
+
+def test_the_vision_tower_is_ranked_over_whole_matrices_and_the_language_model_by_rows(
+    llava: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    result_of(llava, out, sparsity=0.5, settings={"pattern.whole": "*vision_tower*"})
+    pruned = LlavaForConditionalGeneration.from_pretrained(out)
+    for name, module in pruned.named_modules():
+        if "layers" in name and isinstance(module, torch.nn.Linear):
+            rows = (module.weight == 0).sum(1)
+            assert int(rows.sum()) == module.weight.numel() // 2, name
+            assert (len(rows.unique()) > 1) == ("vision_tower" in name), name
+
+
+def test_a_glob_of_whole_matrices_that_names_none_is_refused(llava: Path, tmp_path: Path) -> None:
+    with pytest.raises(RecipeError, match=r"pattern.whole 'visoin\*' matches no matrix"):
+        result_of(llava, tmp_path / "out", sparsity=0.5, settings={"pattern.whole": "visoin*"})
+    assert not (tmp_path / "out").exists()

@@ -130,6 +130,6 @@ class Elementwise:
             # The engine warns once, with their number; a rarely used expert is no news by itself.
             _LOG.info("%s saw no calibration token: ranked by magnitude, kept weights unchanged.", matrix.name)
         rows, columns = matrix.weight.shape
-        choose = Choice(self.metric(matrix.weight, stats), self.pattern, sparsity, (rows, columns))
+        choose = Choice(self.metric(matrix.weight, stats), self.pattern.at(matrix.name), sparsity, (rows, columns))
         weight, mask = self.update(matrix.weight, choose, stats)
         return Sparse(matrix.name, weight, mask, choose.order)

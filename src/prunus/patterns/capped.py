@@ -69,6 +69,10 @@ class Capped:
         """The sparsity that the cap alone enforces, 1 - K/M."""
         return 1 - self.k / self.m
 
+    def at(self, name: str) -> Capped:
+        """The same for every matrix."""
+        return self
+
     def keep(self, scores: Tensor, sparsity: float) -> Tensor:
         """The mask `[out, cols]` without the ⌊n·sparsity + 1e-9⌋ lowest scores that the cap allows; ties go by index.
 

@@ -71,6 +71,10 @@ class NM:
         """See `Pattern.arrange`."""
         return arrange(scores, sparsity, self.m) if self.permute else None
 
+    def at(self, name: str) -> NM:
+        """The same for every matrix."""
+        return self
+
     def keep(self, scores: Tensor, sparsity: float) -> Tensor:
         """The mask `[out, cols]` without the ⌊M·sparsity + 1e-9⌋ lowest scores of every group; ties go by index."""
         assert scores.shape[1] % self.m == 0, (scores.shape, self.m)

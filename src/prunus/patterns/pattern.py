@@ -25,6 +25,10 @@ class Pattern(Protocol):
         """Whether every `align` columns are decided for themselves, so that an update may ask group by group."""
         ...
 
+    def at(self, name: str) -> Pattern:
+        """The pattern of the matrix with this name; itself where all are alike."""
+        ...
+
     def keep(self, scores: Tensor, sparsity: float) -> Tensor:
         """The allowed mask that removes the lowest scores, exactly as many as `sparsity` says.
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from fnmatch import fnmatchcase
 from typing import ClassVar, Literal, get_args
 
 from torch import Tensor
@@ -25,10 +26,13 @@ class Unstructured:
         compat: `reference` selects as the published codes do. For rows that is ⌊n·s⌋ of a binary product. For
             matrices it is every score not above the one at position ⌊n·s⌋ in ascending order: one weight too many,
             and with bfloat16 weights up to 0.25 % more, because all ties go.
+        whole: matrices with names like this glob are of group `matrix`, the others of `group`. ECoFLaP ranks a vision
+            tower so and its language model by rows (Sung et al. 2024, section 3).
     """
 
     group: Group = "row"
     compat: Compat = "exact"
+    whole: str = ""
 
     paper: ClassVar[str] = ""
 
@@ -51,6 +55,10 @@ class Unstructured:
     def grouped(self) -> bool:
         """There are no groups of columns."""
         return False
+
+    def at(self, name: str) -> Unstructured:
+        """With the group of this matrix."""
+        return replace(self, group="matrix") if self.whole and fnmatchcase(name, self.whole) else self
 
     def keep(self, scores: Tensor, sparsity: float) -> Tensor:
         """The mask `[out, cols]` without the lowest scores. In `exact` the count per group is exact."""
@@ -78,5 +86,11 @@ class Unstructured:
         """Every matrix will do."""
 
     def settle(self, budget: Mapping[str, float], sizes: Mapping[str, int], target: float) -> dict[str, float]:
-        """Every sparsity can be expressed to within one weight, so the budget stays as it is."""
+        """Every sparsity can be expressed to within one weight, so the budget stays as it is.
+
+        Raises:
+            RecipeError: if `whole` names no matrix.
+        """
+        if self.whole and not any(fnmatchcase(name, self.whole) for name in budget):
+            raise RecipeError(f"pattern.whole {self.whole!r} matches no matrix.{near(self.whole, budget)}")
         return dict(budget)
