@@ -49,7 +49,8 @@ def judge(
 
     Returns:
         `windows` (text → mean loss of each window, nats a token), `perplexity` (text → number), `sparsity`,
-        `budget` (block → sparsity), `seconds` (by stage), `peak_rss_bytes`, `warnings`.
+        `budget` (block → sparsity), `seconds` (by stage), `cpu_seconds` (of all threads, what a shared machine leaves
+        comparable), `peak_rss_bytes`, `warnings`.
     """
     warnings: list[str] = []
     with tempfile.TemporaryDirectory() as folder, collecting(warnings):
@@ -64,7 +65,7 @@ def judge(
 
 def _judge(job: Job, texts: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
     seconds: dict[str, float] = {}
-    begun = time.perf_counter()
+    begun, worked = time.perf_counter(), time.process_time()
     evidence = Evidence(job.stream, job.batches, job.work, Silent(), job.needs)
     evidence.prepare()
     budget = _budget(job, evidence, Silent())
@@ -75,22 +76,26 @@ def _judge(job: Job, texts: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
     }
     batches = {name: [Batch({"input_ids": inputs}, 0) for inputs, _ in own] for name, own in pairs.items()}
     together = [*job.batches[:-1], *(batch for own in batches.values() for batch in own), job.probe]
-    reports, spent = [], 0.0
+    cpu = {"survey": time.process_time() - worked}
+    reports, spent, spent_cpu = [], 0.0, 0.0
     for step in job.stream.walk(together, of_inputs(job.method.needs)):
-        started = time.perf_counter()
+        started, started_cpu = time.perf_counter(), time.process_time()
         reports.append(_block(job, step, evidence.of(step, job.method.needs), budget)[0])
         spent += time.perf_counter() - started
+        spent_cpu += time.process_time() - started_cpu
     seconds["prune"] = spent
     losses = {name: _losses(job, own, [target for _, target in pairs[name]]) for name, own in batches.items()}
     size = sum(matrix["shape"][0] * matrix["shape"][1] for report in reports for matrix in report["matrices"])
     zeros = sum(matrix["zeros"] for report in reports for matrix in report["matrices"])
     seconds["total"] = time.perf_counter() - begun
+    cpu |= {"prune": spent_cpu, "total": time.process_time() - worked}
     return {
         "windows": losses,
         "perplexity": {name: float(torch.tensor(own).mean().exp()) for name, own in losses.items()},
         "sparsity": zeros / size,
         "budget": {report["name"]: report["wanted"] for report in reports},
         "seconds": seconds,
+        "cpu_seconds": cpu,
         "peak_rss_bytes": memory.peak(),
     }
 
