@@ -18,7 +18,7 @@ from prunus.job import Job
 from prunus.methods.shape import Plan, Shape
 from prunus.models.checkpoint import Checkpoint
 from prunus.models.pool import attach_pools, check_keep, close, fewer, per_expert
-from prunus.models.thin import INNER, OUTER, attach_thin, insert, split
+from prunus.models.thin import INNER, OUTER, attach_thin, insert, refuse_split, split
 from prunus.models.weights import Cut
 from prunus.models.widths_of import NARROWED, attach_widths, difference
 from prunus.output import Output
@@ -36,6 +36,7 @@ def decide(job: Job, method: Shape, output: Output, evidence: Evidence, progress
         ModelError: the model has no widths of the kinds that the method narrows.
         RecipeError: the sparsity cannot be reached.
     """
+    refuse_split(job.stream.blocks)
     if method.touches:
         if "experts" in method.touches:
             # Dense blocks show what a block returns, before those of an earlier call are narrowed.
@@ -234,9 +235,11 @@ def _gone(name: str, infos: list[SiteInfo]) -> dict[str, Any]:
 
 
 def shapes(reports: list[dict[str, Any]]) -> dict[str, Any]:
-    """What became of the shapes: blocks that went, biases that were made, the largest narrowed - masked difference."""
+    """What became of the shapes: blocks that went, biases made, matrices split, the largest narrowed - masked difference.
+    """
     return {
         "blocks": [report["name"] for report in reports if report.get("dropped")],
         "biases": sum(len(report["biases"]) for report in reports),
+        "split": sum(len(report["ranks"]) for report in reports),
         "narrowed_difference": max(report["narrowed"] for report in reports),
     }

@@ -99,8 +99,9 @@ def refuse_split(blocks: Iterable[Block]) -> None:
     found = sorted(name for name in names if name.endswith(ends) and f"{name.removesuffix(ends)}.{OUTER}" in names)
     if found:
         raise RecipeError(
-            f"{found[0].removesuffix(ends)} is a product of two matrices already. Start from the dense model, with a "
-            "higher sparsity."
+            f"{found[0].removesuffix(ends)} is a product of two matrices already, and a method that changes shapes "
+            "begins with whole ones. Start from the dense model, or multiply the factors back: prunus export MODEL NEW "
+            "--portable."
         )
 
 
@@ -118,7 +119,6 @@ def attach_thin(stream: Stream, probe: Batch) -> list[str]:
     Raises:
         ModelError: nothing can be.
     """
-    refuse_split(stream.blocks)
     stream.calls([probe])
     known: dict[tuple, tuple[str, set[str]]] = {}
     reasons: list[str] = []

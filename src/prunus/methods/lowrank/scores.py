@@ -89,9 +89,9 @@ class Whitened:
             raise RecipeError(f"score.damp is {self.damp}; it must be at least 0.")
 
     def __call__(self, stats: SiteStats) -> Tensor | None:
-        """XXᵀ; None without a token."""
+        """XXᵀ, float32; None without a token."""
         if stats.unseen:
             return None
-        moment = stats[Gram].hessian.double()
+        moment = stats[Gram].hessian
         moment.diagonal().add_(self.damp * float(moment.diagonal().mean()))
         return moment

@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+_PANEL = 1024  # rows of M that are read at once
+
 
 def spectrum(weight: Tensor, moment: Tensor | None) -> Tensor:
     """σ², float64 `[min(out, in)]`, largest first: what each direction of `truncate` is worth.
@@ -37,13 +39,21 @@ def truncate(weight: Tensor, moment: Tensor | None, rank: int) -> tuple[Tensor, 
     return (basis * size).float(), (inner / size[:, None]).float()
 
 
+def _between(core: Tensor, moment: Tensor) -> Tensor:
+    """core·M·coreᵀ, float64, some rows of M at a time: of 10,000 inputs M alone would take 800 MB in float64."""
+    total = core.new_zeros(core.shape[0], core.shape[0])
+    for part, rows in zip(core.split(_PANEL, dim=1), moment.split(_PANEL), strict=True):
+        total += part @ (rows.double() @ core.T)
+    return total
+
+
 def _directions(weight: Tensor, moment: Tensor | None) -> tuple[Tensor, Tensor]:
     """Squared singular values of W·M^(1/2), largest first, and its left singular vectors `[out, min(out, in)]`."""
     exact = weight.double()
     tall = exact.shape[0] > exact.shape[1]
     # W = QR keeps the eigenvectors small: those of R·M·Rᵀ, turned by Q, are those of W·M·Wᵀ.
     turn, core = torch.linalg.qr(exact) if tall else (None, exact)
-    gram = core @ core.T if moment is None else core @ moment.double() @ core.T
+    gram = core @ core.T if moment is None else _between(core, moment)
     values, vectors = torch.linalg.eigh((gram + gram.T) / 2)
     vectors = vectors.flip(1)
     return values.flip(0).clamp(min=0), vectors if turn is None else turn @ vectors
