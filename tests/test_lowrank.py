@@ -18,8 +18,8 @@ import prunus.engine
 from families import FAMILIES, save_tiny
 from prunus.errors import RecipeError
 from prunus.evaluation.loading import load_model
-from prunus.formats.run import export
 from prunus.formats.format import Settings
+from prunus.formats.run import export
 from prunus.methods import RANKS
 from prunus.models.modelling import FILE, ours
 from prunus.output import Output
@@ -206,7 +206,7 @@ def test_no_share_changes_nothing(tmp_path: Path) -> None:
     assert dense.keys() == written.keys() and all(torch.equal(dense[name], written[name]) for name in dense)
 
 
-# family -> what splitting it shows: transposed storage, biases, experts in one tensor, a tower that is no language model.
+# Families with transposed storage, biases, experts in one tensor; bert's class is no causal language model.
 CASES = {"gpt2": "code", "opt": "code", "qwen2": "code", "gemma3_text": "code", "qwen3_moe": "code", "bert": "prunus"}
 
 

@@ -120,7 +120,8 @@ def _block(job: Job, step: Step, dense: list[SiteInfo], edits: Sequence[Narrow |
         kept, rank = next(slots).info, ranks.get(info.name)
         gone = info.size - (kept.size if rank is None else kept.size + next(slots).info.size)
         matrices.append({
-            "name": info.name, "shape": list(info.shape), "kept_shape": list(kept.shape if rank is None else info.shape),
+            "name": info.name, "shape": list(info.shape),
+            "kept_shape": list(kept.shape if rank is None else info.shape),
             "wanted": gone / info.size, "sparsity": gone / info.size, "zeros": gone, "unseen": False,
             **({} if rank is None else {"rank": rank}),
         })  # fmt: skip
@@ -129,8 +130,8 @@ def _block(job: Job, step: Step, dense: list[SiteInfo], edits: Sequence[Narrow |
     made = [slot.info.name for slot in block.slots if bias_of(slot) is not None and slot.info.name in without]
     return {
         "name": block.name, "sparsity": share, "wanted": share, "error": step.propagate(), "matrices": matrices,
-        "idle": [], "kept": {edit.name: ranges(edit.keep) for edit in edits if isinstance(edit, Narrow)}, "biases": made,
-        "narrowed": worst, "ranks": ranks,
+        "idle": [], "kept": {edit.name: ranges(edit.keep) for edit in edits if isinstance(edit, Narrow)},
+        "biases": made, "narrowed": worst, "ranks": ranks,
     }  # fmt: skip
 
 
@@ -235,8 +236,7 @@ def _gone(name: str, infos: list[SiteInfo]) -> dict[str, Any]:
 
 
 def shapes(reports: list[dict[str, Any]]) -> dict[str, Any]:
-    """What became of the shapes: blocks that went, biases made, matrices split, the largest narrowed - masked difference.
-    """
+    """What became of the shapes: blocks gone, biases made, matrices split, the largest narrowed - masked difference."""
     return {
         "blocks": [report["name"] for report in reports if report.get("dropped")],
         "biases": sum(len(report["biases"]) for report in reports),

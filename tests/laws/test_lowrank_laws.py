@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from itertools import product
+from itertools import pairwise, product
 
 import pytest
 import torch
@@ -84,7 +84,7 @@ def test_each_is_best_by_its_own_error_and_no_neighbour_is_better(rank, x):
 def test_more_rank_never_errs_more_and_full_rank_errs_not_at_all(x):
     weight, moment = random(6, 9), x.double().T @ x.double()
     errors = [error(weight, truncate(weight, moment, rank), x) for rank in range(1, 7)]
-    assert all(later <= earlier * (1 + 1e-6) for earlier, later in zip(errors, errors[1:], strict=False))
+    assert all(later <= earlier * (1 + 1e-6) for earlier, later in pairwise(errors))
     outer, inner = truncate(weight, moment, 6)
     assert torch.allclose(outer @ inner, weight, atol=1e-5)
 
@@ -182,7 +182,8 @@ def test_water_filling_is_the_best_of_all_choices_where_no_jump_is_cut_short():
         points[gone] = min(points.get(gone, 9e9), sum(float(lost[name][rank]) for name, rank in ranks.items()))
     vertices, here = [], 0
     while here < max(points):  # the lower hull: always on to the point of least slope
-        here = min((gone for gone in points if gone > here), key=lambda gone: (points[gone] - points[here]) / (gone - here))
+        slope = {gone: (loss - points.get(here, 0.0)) / (gone - here) for gone, loss in points.items() if gone > here}
+        here = min(slope, key=slope.__getitem__)
         vertices.append(here)
     assert len(vertices) > 4
     for gone in vertices:

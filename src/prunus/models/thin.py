@@ -164,7 +164,7 @@ def _judged(stream: Stream, block: Block, probe: Batch) -> tuple[set[str], list[
 
 
 def _differs(block: Block, slot: Slot, call: Call, inputs: Tensor, whole: Tensor) -> str:
-    """Split a matrix into itself and the identity, in a copy; empty if the copy computes the same, else what is wrong."""
+    """Split a matrix of a copy into itself and the identity; empty if that computes the same, else what is wrong."""
     twin = copied(block)
     weight = twin.slot(slot.info.name).matrix().weight
     pair = thin(twin.slot(slot.info.name).module, slot.info.shape[1])

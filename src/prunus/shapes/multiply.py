@@ -1,4 +1,4 @@
-"""Factors multiplied back into the matrices that they stand for: the same function in a stock class, without the gain."""
+"""Factors multiplied back into the matrices that they stand for: the same function in a stock class, no gain."""
 
 from __future__ import annotations
 
