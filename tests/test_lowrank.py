@@ -192,7 +192,15 @@ def test_factors_can_be_made_sparse_but_not_split_again(split: Path, tmp_path: P
     factor = next(value for name, value in stored.items() if name.endswith("inner.weight"))
     assert 0.4 < float((factor == 0).float().mean()) < 0.6
     assert ours(tmp_path / "sparse")
-    assert bool(prunus.load(tmp_path / "sparse")(TOKENS).logits.isfinite().all())
+    export(tmp_path / "sparse", tmp_path / "packed", "packed")
+    with torch.no_grad():
+        found, expected = (prunus.load(tmp_path / name)(TOKENS).logits for name in ("packed", "sparse"))
+    assert torch.allclose(found, expected, atol=1e-4 * float(expected.abs().max()))
+    size = {
+        name: sum(file.stat().st_size for file in (tmp_path / name).glob("*.safetensors"))
+        for name in ("packed", "sparse")
+    }
+    assert size["packed"] < 0.8 * size["sparse"]
 
 
 def test_a_share_of_almost_nothing_splits_one_matrix(tmp_path: Path) -> None:
