@@ -1,9 +1,9 @@
-"""What low rank costs: perplexity of every row of `RANKS` at two shares, and of ranks that are alike.
+"""What low rank costs: perplexity of every row of `RANKS` at two shares, and of equal shares for all matrices.
 
     python experiments/lowrank.py --model smollm2 --folder SCRATCH
 
-Each row is `prunus prune` on a few samples of WikiText-2's training split and `prunus evaluate` on the first windows of
-its test split, the same for all. Rows that are in `experiments/results/lowrank.json` are not run again; the table in
+Each row is `prunus prune` on a few samples of a text and `prunus evaluate` on the first windows of another, the same
+for all. Rows that are in `experiments/results/lowrank.json` are not run again; the table in
 docs/lowrank.md is written anew from that file after every row.
 """
 
@@ -32,7 +32,10 @@ def main() -> None:
     parser.add_argument("--shares", default="0.1,0.2")
     parser.add_argument("--samples", type=int, default=8)
     parser.add_argument("--length", type=int, default=512, help="tokens of a sample")
-    parser.add_argument("--windows", type=int, default=4, help="of 1,024 tokens")
+    parser.add_argument("--calibration", default="wikitext2", help="text to calibrate on")
+    parser.add_argument("--text", default="wikitext2", help="text to evaluate on")
+    parser.add_argument("--window", type=int, default=1024, help="tokens of a window")
+    parser.add_argument("--windows", type=int, default=4)
     parser.add_argument("--table", action="store_true", help="only write the table")
     asked = parser.parse_args()
     if not asked.table:
@@ -47,17 +50,21 @@ def main() -> None:
 
 def run(asked: argparse.Namespace, method: str, ranks: str, share: float) -> None:
     """One row, unless it is there."""
-    setting = {"samples": asked.samples, "length": asked.length, "windows": asked.windows}
-    key = {"model": asked.model, "method": method, "ranks": ranks, "sparsity": share, **setting}
+    setting = {"samples": asked.samples, "length": asked.length, "windows": asked.windows, "window": asked.window}
+    setting |= {"calibration": Path(asked.calibration).name, "text": Path(asked.text).name}
+    key = {"model": Path(asked.model).name, "method": method, "ranks": ranks, "sparsity": share, **setting}
     if any(all(row[name] == value for name, value in key.items()) for row in rows()):
         return
     out = asked.folder / "out"
     pruned = prunus.prune(
         asked.model, out, method=method, sparsity=share, samples=asked.samples, length=asked.length,
-        settings={"method.ranks": ranks}, overwrite=True, restart=True,
+        settings={"method.ranks": ranks}, calibration=asked.calibration, overwrite=True, restart=True,
     )  # fmt: skip
-    dense = next((row["dense"] for row in rows() if row["model"] == asked.model and row["windows"] == asked.windows), 0)
-    judged = prunus.evaluate(out, baseline=None if dense else asked.model, windows=asked.windows)
+    same = ("model", "text", "window", "windows")
+    dense = next((row["dense"] for row in rows() if all(row[name] == key[name] for name in same)), 0.0)
+    judged = prunus.evaluate(
+        out, baseline=None if dense else asked.model, text=asked.text, length=asked.window, windows=asked.windows
+    )
     row = {
         **key, "reached": pruned["sparsity"]["reached"], "split": pruned["shapes"]["split"], "of": pruned["sites"],
         "parameters": pruned["shapes"]["parameters"], "seconds": pruned["seconds"]["total"],
@@ -81,25 +88,32 @@ def rows() -> list[dict[str, Any]]:
 
 def write_table() -> None:
     """The table of the page, from the file alone."""
-    found = sorted(rows(), key=lambda row: (row["sparsity"], row["perplexity"]))
-    lines = ["| removed | method | ranks | matrices split | perplexity | dense |", "|---|---|---|---|---|---|"]
-    lines += [
-        f"| {100 * row['reached']:.2f} % | {row['method']} | {row['ranks']} | {row['split']} of {row['of']} | "
-        f"{row['perplexity']:.1f} | {row['dense']:.1f} |"
-        for row in found
-    ]
     text = PAGE.read_text(encoding="utf-8")
     head, _, rest = text.partition(BEGIN)
-    words = ""
-    if found:
-        one = found[0]
-        words = (
-            f"{one['model']}, one shot, no recovery; calibrated on {one['samples']} x {one['length']} tokens of "
-            f"WikiText-2 (train), perplexity on the first {one['windows']} x 1,024 tokens of its test split "
-            "(`experiments/lowrank.py`):\n\n"
-        )
-    table = words + "\n".join(lines) if found else ""
+    kinds = dict.fromkeys((row["model"], row["samples"], row["text"], row["windows"]) for row in rows())
+    tables = [
+        _table([row for row in rows() if (row["model"], row["samples"], row["text"], row["windows"]) == kind])
+        for kind in kinds
+    ]
+    table = "\n\n".join(tables)
     PAGE.write_text(f"{head}{BEGIN}\n{table}\n{END}{rest.partition(END)[2]}", encoding="utf-8")
+
+
+def _table(found: list[dict[str, Any]]) -> str:
+    """One model's rows, with what they share in front."""
+    one = found[0]
+    words = (
+        f"{one['model']}, one shot, no recovery; {one['samples']} x {one['length']} tokens of {one['calibration']}, "
+        f"perplexity on the first {one['windows']} x {one['window']:,} tokens of {one['text']}, dense "
+        f"{one['dense']:.2f} (`experiments/lowrank.py`):\n"
+    )
+    lines = ["| removed | method | ranks | matrices split | perplexity |", "|---|---|---|---|---|"]
+    lines += [
+        f"| {100 * row['reached']:.2f} % | {row['method']} | {row['ranks']} | {row['split']} of {row['of']} | "
+        f"{row['perplexity']:.2f} |"
+        for row in sorted(found, key=lambda row: (row["sparsity"], row["perplexity"]))
+    ]
+    return "\n".join([words, *lines])
 
 
 if __name__ == "__main__":
