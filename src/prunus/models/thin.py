@@ -29,7 +29,9 @@ def thin(dense: nn.Module, rank: int) -> nn.Sequential:
     rows, columns = weight.shape[::-1] if isinstance(dense, Conv1D) else weight.shape
     inner = nn.Linear(columns, rank, bias=False, device="meta", dtype=weight.dtype)
     outer = nn.Linear(rank, rows, bias=False, device="meta", dtype=weight.dtype)
-    outer.bias = dense.bias
+    bias = dense.bias
+    assert bias is None or isinstance(bias, nn.Parameter)
+    outer.register_parameter("bias", bias)
     return nn.Sequential(OrderedDict([(INNER, inner), (OUTER, outer)])).requires_grad_(False)
 
 
