@@ -64,6 +64,6 @@ def test_every_method_and_allocation_has_a_page() -> None:
     from prunus.methods import ELEMENTWISE, SHAPES
 
     assert {page.stem for page in (ROOT / "docs" / "methods").glob("*.md")} == set(ELEMENTWISE)
-    shapes = (ROOT / "docs" / "widths-and-depth.md").read_text("utf-8")
+    shapes = "".join((ROOT / "docs" / page).read_text("utf-8") for page in ("widths-and-depth.md", "lowrank.md"))
     assert set(re.findall(r"^### (\S+)$", shapes, re.MULTILINE)) == set(SHAPES)
     assert {page.stem for page in (ROOT / "docs" / "allocations").glob("*.md")} == set(ALLOCATIONS)

@@ -26,7 +26,7 @@ class Options(TypedDict, total=False):
         sparsity: share of the blocks' weights to remove, in [0, 1).
         params: instead of a sparsity, parameters to keep, such as "100M" (methods for shapes).
         size: instead of a sparsity, bytes to keep, such as "80MB" (methods for shapes).
-        round_to: neurons in multiples of this (methods for widths).
+        round_to: neurons or ranks in multiples of this (methods for widths, low rank).
         pattern: "unstructured", "N:M" with N kept of every M consecutive inputs, or "capped:K/M" with at most K.
         allocation: how the sparsity is divided over the blocks.
         metric: scores the weights instead of the method's own.

@@ -99,7 +99,7 @@ def _loading(result: Mapping[str, Any]) -> str:
     name, folder = str(result.get("architecture")), _public(result["out"])
     if result.get("loads") == "prunus":
         return f"import prunus\n\nmodel = prunus.load({folder!r})"
-    if not causal(result):
+    if not causal(result) and result.get("loads") != "code":  # the stock class would fill what it lacks at random
         return f"from transformers import {name}\n\nmodel = {name}.from_pretrained({folder!r})"
     trust = ", trust_remote_code=True" if result.get("loads") == "code" else ""  # modeling_pruned.py, read it first
     return (

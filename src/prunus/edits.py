@@ -46,6 +46,26 @@ class Narrow:
     biases: Mapping[str, Tensor] = field(default_factory=dict)
 
 
+@dataclass(frozen=True, eq=False)
+class Split:
+    """A matrix becomes the product of two.
+
+    Attributes:
+        name: the site.
+        outer: B `[out, rank]`.
+        inner: A `[rank, in]`; B·A stands for the matrix.
+    """
+
+    name: str
+    outer: Tensor
+    inner: Tensor
+
+    @property
+    def rank(self) -> int:
+        """Columns of B and rows of A."""
+        return self.inner.shape[0]
+
+
 def apply(block: Block, edit: Sparse, stored: Callable[[str], torch.dtype]) -> None:
     """Write a sparse matrix into a loaded block, rounded to the dtype that the checkpoint stores.
 

@@ -72,6 +72,7 @@ class Output:
         changed: Iterable[str] | None = None,
         cuts: Mapping[str, Sequence[Cut]] | None = None,
         orders: Mapping[str, Tensor] | None = None,
+        splits: Mapping[str, str] | None = None,
     ) -> None:
         """Write a changed block's shard and orders of columns, and after them its report, which makes it finished.
 
@@ -81,9 +82,10 @@ class Output:
             changed: dotted paths of its parameters that differ from the checkpoint; its matrices unless given.
             cuts: what was cut from them, if they are smaller now.
             orders: parameter -> order of its columns, where the pattern made one.
+            splits: parameter that was made -> the one in whose place it stands.
         """
         changed = {slot.parameter for slot in block.slots} if changed is None else changed
-        tensors = self._renamed(block, self.weights.export(block.name, changed, cuts))
+        tensors = self._renamed(block, self.weights.export(block.name, changed, cuts, splits))
         self.work.write_tensors(f"checkpoint/{self._file(self.blocks[block.name])}", tensors)
         stored = {name: order.to("cpu", torch.int32) for name, order in self._on_disk(orders or {}).items()}
         if stored:
@@ -115,8 +117,8 @@ class Output:
 
     def _configure(self) -> None:
         """Bring config.json in step with the shapes that were written."""
-        reshaped = any((self.report(block) or {}).get("kept") for block in self.job.stream.blocks
-                       if block.name not in self.dropped)  # fmt: skip
+        reports = [self.report(block) or {} for block in self.job.stream.blocks if block.name not in self.dropped]
+        reshaped = any(report.get("kept") or report.get("ranks") for report in reports)
         if not self.dropped and not reshaped:
             return
         folder = self.work.checkpoint

@@ -130,7 +130,8 @@ def _budget(
         for block in blocks
     ]
     if isinstance(method, Shape):
-        what = f"groups of {' and '.join(method.touches)}" if method.touches else "whole blocks"
+        groups = "ranks" if "ranks" in method.touches else f"groups of {' and '.join(method.touches)}"
+        what = groups if method.touches else "whole blocks"
         sentence = f"the method chooses which {what} go, to {100 * sparsity:.2f} % of all"
         return {"budget": sentence, "blocks": [{**row, "sparsity": None} for row in rows]}
     if not allocation.foreseeable:

@@ -197,6 +197,12 @@ def _smaller(result: Result) -> str:
     gain = "The tensors themselves are smaller: files, memory and time shrink with them, on every machine."
     if result["shapes"].get("blocks"):
         return f"{gain} Blocks that stay are as they were, so transformers, vLLM and llama.cpp load the result."
+    if result["shapes"].get("split") or "ranks" in result["shapes"].get("kinds", ()):
+        return (
+            f"{gain} Matrices become products of two, which stock classes have no place for: a small modelling file "
+            "lies in the folder, prunus loads it as it is, transformers with trust_remote_code=True. `prunus export "
+            "--portable` multiplies them back, to a stock class of the dense model's size; llama.cpp takes that alone."
+        )
     if result.get("loads") == "transformers":
         return f"{gain} All blocks have one shape, so stock transformers loads the result."
     if result.get("loads") == "code":
@@ -267,7 +273,8 @@ def _parameters(result: Result) -> str:
     shapes, sparsity = result["shapes"], result["sparsity"]
     text = f"{shapes['parameters']:,} of {result['parameters']['model']:,} are left"
     if abs(sparsity["wanted"] - sparsity["reached"]) > 5e-4:
-        text += f"; asked for {percent(sparsity['wanted'])} of the blocks, whole groups or blocks gave the nearest"
+        unit = "whole ranks" if shapes.get("split") else "whole groups or blocks"
+        text += f"; asked for {percent(sparsity['wanted'])} of the blocks, {unit} gave the nearest"
     return text
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -11,13 +11,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from prunus.edits import Narrow, bias_of, blank, narrow, revalue
+from prunus.edits import Narrow, Split, bias_of, blank, narrow, revalue
 from prunus.errors import ModelError
 from prunus.evidence import Evidence, of_inputs
 from prunus.job import Job
 from prunus.methods.shape import Plan, Shape
 from prunus.models.checkpoint import Checkpoint
 from prunus.models.pool import attach_pools, check_keep, close, fewer, per_expert
+from prunus.models.thin import INNER, OUTER, attach_thin, insert, refuse_split, split
 from prunus.models.weights import Cut
 from prunus.models.widths_of import NARROWED, attach_widths, difference
 from prunus.output import Output
@@ -35,11 +36,14 @@ def decide(job: Job, method: Shape, output: Output, evidence: Evidence, progress
         ModelError: the model has no widths of the kinds that the method narrows.
         RecipeError: the sparsity cannot be reached.
     """
+    refuse_split(job.stream.blocks)
     if method.touches:
         if "experts" in method.touches:
             # Dense blocks show what a block returns, before those of an earlier call are narrowed.
             job.stream.calls([job.probe])
             attach_pools(job.stream.blocks)
+        elif "ranks" in method.touches:
+            job.warnings.extend(attach_thin(job.stream, job.probe))
         else:
             job.warnings.extend(attach_widths(job.stream, job.probe, method.touches))
     survey = Survey(job.stream, job.batches, job.work, progress, evidence)
@@ -77,8 +81,9 @@ def cut(
         edits = method.narrow(step.block, stats, plan)
         report = _block(job, step, dense[step.block.name], edits)
         report["seconds"] = time.monotonic() - begun
-        changed, cuts = _changed(step.block, edits)
-        job.processes.on_first(partial(output.block, step.block, report, changed, cuts))
+        changed, cuts = _changed(step.block, [edit for edit in edits if isinstance(edit, Narrow)])
+        splits = _splits(step.block, report["ranks"])
+        job.processes.on_first(partial(output.block, step.block, report, changed, cuts, splits=splits))
         reports[step.block.name] = report
         progress.advance(step.block.name, error=report["error"])
     for block in job.stream.blocks:
@@ -99,31 +104,38 @@ def restore(block: Block, report: Mapping[str, Any]) -> None:
             fewer(block, site, read_ranges(kept, site.groups))
         else:
             narrow(block, site, read_ranges(kept, site.groups))
+    for name, rank in report["ranks"].items():
+        insert(block, name, rank)
 
 
 @torch.no_grad()
-def _block(job: Job, step: Step, dense: list[SiteInfo], edits: list[Narrow]) -> dict[str, Any]:
+def _block(job: Job, step: Step, dense: list[SiteInfo], edits: Sequence[Narrow | Split]) -> dict[str, Any]:
     """Narrow one block, check that this computes what masking does, and run it again; returns its report."""
     block = step.block
-    before = {slot.info.name for slot in block.slots if bias_of(slot) is not None}
+    without = {slot.info.name for slot in block.slots if bias_of(slot) is None}
     worst = _cut(job, block, edits) if edits else 0.0
-    matrices = []
-    for info, slot in zip(dense, block.slots, strict=True):
-        gone = info.size - slot.info.size
+    ranks = {edit.name: edit.rank for edit in edits if isinstance(edit, Split)}
+    matrices, slots = [], iter(block.slots)
+    for info in dense:
+        kept, rank = next(slots).info, ranks.get(info.name)
+        gone = info.size - (kept.size if rank is None else kept.size + next(slots).info.size)
         matrices.append({
-            "name": info.name, "shape": list(info.shape), "kept_shape": list(slot.info.shape),
+            "name": info.name, "shape": list(info.shape),
+            "kept_shape": list(kept.shape if rank is None else info.shape),
             "wanted": gone / info.size, "sparsity": gone / info.size, "zeros": gone, "unseen": False,
+            **({} if rank is None else {"rank": rank}),
         })  # fmt: skip
     size, gone = sum(info.size for info in dense), sum(matrix["zeros"] for matrix in matrices)
     share = gone / size if size else 0.0
-    made = [slot.info.name for slot in block.slots if bias_of(slot) is not None and slot.info.name not in before]
+    made = [slot.info.name for slot in block.slots if bias_of(slot) is not None and slot.info.name in without]
     return {
         "name": block.name, "sparsity": share, "wanted": share, "error": step.propagate(), "matrices": matrices,
-        "idle": [], "kept": {edit.name: ranges(edit.keep) for edit in edits}, "biases": made, "narrowed": worst,
+        "idle": [], "kept": {edit.name: ranges(edit.keep) for edit in edits if isinstance(edit, Narrow)},
+        "biases": made, "narrowed": worst, "ranks": ranks,
     }  # fmt: skip
 
 
-def _cut(job: Job, block: Block, edits: list[Narrow]) -> float:
+def _cut(job: Job, block: Block, edits: Sequence[Narrow | Split]) -> float:
     """Cut, and compare with the block masked at its full shape, on the probe.
 
     Raises:
@@ -133,18 +145,14 @@ def _cut(job: Job, block: Block, edits: list[Narrow]) -> float:
     assert probe.hidden is not None
     inputs = probe.hidden.to(job.device)
     stored = job.stream.weights.dtype
+    edits = [_rounded(block, edit, stored) if isinstance(edit, Split) else edit for edit in edits]
     for edit in edits:
-        site = _site(block, edit.name)
-        if isinstance(site, Pool):
-            check_keep(site, edit.keep)
-            close(block, site, edit.keep)
-        else:
-            revalue(block, edit, stored)
-            blank(block, site, edit.keep)
+        _mask(block, edit, stored)
     masked = probe.calls[block.name](block.module, inputs)
     for edit in edits:
-        site = _site(block, edit.name)
-        if isinstance(site, Pool):
+        if isinstance(edit, Split):
+            split(block, edit)
+        elif isinstance(site := _site(block, edit.name), Pool):
             fewer(block, site, edit.keep)
         else:
             narrow(block, site, edit.keep)
@@ -157,7 +165,32 @@ def _cut(job: Job, block: Block, edits: list[Narrow]) -> float:
     return worst
 
 
-def _changed(block: Block, edits: list[Narrow]) -> tuple[set[str], dict[str, list[Cut]]]:
+def _mask(block: Block, edit: Narrow | Split, stored: Callable[[str], torch.dtype]) -> None:
+    """Make a block compute, at its full shape, what the edit will make it compute."""
+    if isinstance(edit, Split):
+        block.slot(edit.name).matrix().weight.copy_(edit.outer @ edit.inner)
+    elif isinstance(site := _site(block, edit.name), Pool):
+        check_keep(site, edit.keep)
+        close(block, site, edit.keep)
+    else:
+        revalue(block, edit, stored)
+        blank(block, site, edit.keep)
+
+
+def _rounded(block: Block, edit: Split, stored: Callable[[str], torch.dtype]) -> Split:
+    """The factors as they will be read back."""
+    kind = stored(block.slot(edit.name).parameter)
+    return replace(edit, outer=edit.outer.to(kind).to(edit.outer), inner=edit.inner.to(kind).to(edit.inner))
+
+
+def _splits(block: Block, ranks: Mapping[str, int]) -> dict[str, str]:
+    """Parameters that were made -> those in whose place they stand."""
+    made = {f"{name}.{part}.weight": f"{name}.weight" for name in ranks for part in (INNER, OUTER)}
+    biased = [name for name in ranks if bias_of(block.slot(f"{name}.{OUTER}")) is not None]
+    return made | {f"{name}.{OUTER}.bias": f"{name}.bias" for name in biased}
+
+
+def _changed(block: Block, edits: Sequence[Narrow]) -> tuple[set[str], dict[str, list[Cut]]]:
     """Parameters that differ from the checkpoint, and the cuts of those that are smaller."""
     changed: set[str] = set()
     cuts: dict[str, list[Cut]] = {}
@@ -198,14 +231,15 @@ def _gone(name: str, infos: list[SiteInfo]) -> dict[str, Any]:
     ]  # fmt: skip
     return {
         "name": name, "sparsity": 1.0, "wanted": 1.0, "error": None, "matrices": matrices, "idle": [], "kept": {},
-        "biases": [], "narrowed": 0.0, "dropped": True,
+        "biases": [], "narrowed": 0.0, "ranks": {}, "dropped": True,
     }  # fmt: skip
 
 
 def shapes(reports: list[dict[str, Any]]) -> dict[str, Any]:
-    """What became of the shapes: blocks that went, biases that were made, the largest narrowed - masked difference."""
+    """What became of the shapes: blocks gone, biases made, matrices split, the largest narrowed - masked difference."""
     return {
         "blocks": [report["name"] for report in reports if report.get("dropped")],
         "biases": sum(len(report["biases"]) for report in reports),
+        "split": sum(len(report["ranks"]) for report in reports),
         "narrowed_difference": max(report["narrowed"] for report in reports),
     }

@@ -9,7 +9,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-Kind = Literal["heads", "neurons", "experts"]
+Kind = Literal["heads", "neurons", "experts", "ranks"]
 
 
 @dataclass(frozen=True)
@@ -200,6 +200,7 @@ class Block:
         ignored: parameters of matrices that were left out on purpose.
         widths: groups of channels in it, where a method asked for them.
         pools: its mixtures of experts, where a method asked for them.
+        thin: names of its matrices that can become two, where a method asked for them.
     """
 
     name: str
@@ -210,6 +211,7 @@ class Block:
     ignored: set[str] = field(default_factory=set)
     widths: list[Width] = field(default_factory=list)
     pools: list[Pool] = field(default_factory=list)
+    thin: frozenset[str] = frozenset()
 
     @property
     def infos(self) -> list[SiteInfo]:

@@ -68,7 +68,7 @@ RECIPE: dict[str, OptionInfo] = {
     ),
     "size": option("--size BYTES", WHAT, "Bytes of weights that the result shall have, such as 80MB, likewise."),
     "round_to": option(
-        "--round-to N", WHAT, "Keep neurons in multiples of N, such as 32, which kernels like. Default: 1."
+        "--round-to N", WHAT, "Keep neurons or ranks in multiples of N, such as 32, which kernels like. Default: 1."
     ),
     "pattern": option(
         "--pattern PATTERN",

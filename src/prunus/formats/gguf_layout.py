@@ -103,6 +103,12 @@ def lay_out(shapes: Shapes) -> Layout:
         FormatError: a tensor has no place in the file.
     """
     kind = str(shapes.written["model_type"])
+    if shapes.ranks:
+        raise RecipeError(
+            f"No architecture of llama.cpp takes a matrix as a product of two, as {next(iter(shapes.ranks))} is here. "
+            "--format hf carries it as it is; --format hf --portable multiplies the factors back, and that folder can "
+            "be exported to gguf, at the dense model's size."
+        )
     if kind not in FAMILIES:
         raise RecipeError(
             f"--format gguf does not know the model type {kind!r}.{near(kind, FAMILIES)} llama.cpp's own converter may "

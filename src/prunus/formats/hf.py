@@ -34,12 +34,12 @@ class HuggingFace:
         shapes = _shapes(source)
         # Links are followed: the hub's cache is made of them.
         shutil.copytree(source, out, ignore=shutil.ignore_patterns(".*"))
-        notes = [] if shapes is None else _describe(shapes, out, settings.portable)
+        notes, kind = ([], "float32") if shapes is None else _settle(shapes, out, settings.portable)
         trusted = settings.trust_remote_code or not _stock(out)
         with TemporaryDirectory(dir=out.parent) as scratch:
             file = Path(scratch) / "probe.safetensors"
             found = probe(runnable(source, shapes, Path(scratch)), file, settings.trust_remote_code)
-            checked = verify(out, file, "float32", "cpu", trusted)
+            checked = verify(out, file, kind, "cpu", trusted)
         lost = [name for name in checked["unexpected"] if name.endswith(".bias")]
         if lost:
             raise FormatError(
@@ -68,6 +68,23 @@ def _shapes(source: Path) -> Shapes | None:
         return None
 
 
+def _settle(shapes: Shapes, out: Path, portable: bool) -> tuple[list[str], str]:
+    """Make `out` load; returns what the user should know, and the dtype in which it computes what the source does."""
+    from prunus.shapes.multiply import multiply_folder
+
+    if not (shapes.ranks and portable):
+        return _describe(shapes, out, portable), "float32"
+    before = _weights(out)
+    multiplied, kind = multiply_folder(out, shapes)
+    after = _weights(out)
+    note = (
+        f"The two factors of {len(shapes.ranks)} matrices were multiplied: {after / before - 1:.1%} more numbers "
+        f"({before:,} -> {after:,}), no more speed than the dense model"
+    )
+    rounding = "" if kind.itemsize >= 4 else f", and products are rounded to {str(kind).removeprefix('torch.')}"
+    return [note + rounding + ".", *_describe(multiplied, out, portable)], str(kind).removeprefix("torch.")
+
+
 def _describe(shapes: Shapes, out: Path, portable: bool) -> list[str]:
     """Make config.json fit the tensors in `out`; returns what the user should know."""
     from prunus.shapes.stock import find_stock
@@ -88,6 +105,12 @@ def _describe(shapes: Shapes, out: Path, portable: bool) -> list[str]:
     if portable:
         return _padded(shapes, out)
     write_config(out, own_class(shapes))
+    if shapes.ranks:
+        return [
+            f"{len(shapes.ranks)} matrices are products of two, which no stock class holds, so a small modelling file "
+            "lies in the folder: transformers loads it with trust_remote_code=True, prunus.load without. --portable "
+            "multiplies them back: a stock class of the dense model's size."
+        ]
     return [
         f"No stock class fits ({reason}), so a small modelling file lies in the folder: transformers loads it with "
         "trust_remote_code=True, prunus.load without. --portable writes a stock class instead, where one can hold it; "

@@ -7,6 +7,8 @@ from prunus.methods.depth.rankings import Angular, BlockInfluence, Greedy, Singl
 from prunus.methods.elementwise import Elementwise
 from prunus.methods.experts.pruning import Exhaustive, Ranked
 from prunus.methods.experts.scores import Frequency, OutputNorm, RouterWeighted
+from prunus.methods.lowrank.lowrank import LowRank
+from prunus.methods.lowrank.scores import Plain, Scaled, Whitened
 from prunus.methods.shape import Shape
 from prunus.methods.widths.scores import ColumnNorm, Fluctuation, WandaMean
 from prunus.methods.widths.structured import Structured
@@ -52,8 +54,14 @@ EXPERTS: dict[str, Shape] = {
     "naee": Exhaustive(paper="Lu et al. 2024, arXiv:2402.14800"),
 }
 
-SHAPES: dict[str, Shape] = {**WIDTHS, **DEPTH, **EXPERTS}
+RANKS: dict[str, LowRank] = {
+    "svd": LowRank(Plain(), paper="Eckart & Young 1936"),
+    "asvd": LowRank(Scaled(), paper="Yuan et al. 2023, arXiv:2312.05821"),
+    "svd-llm": LowRank(Whitened(), paper="Wang et al. 2024, arXiv:2403.07378"),
+}
+
+SHAPES: dict[str, Shape] = {**WIDTHS, **DEPTH, **EXPERTS, **RANKS}
 
 METHODS: dict[str, Elementwise | Shape] = {**ELEMENTWISE, **SHAPES}
 
-__all__ = ["DEPTH", "ELEMENTWISE", "EXPERTS", "METHODS", "SHAPES", "WIDTHS", "Elementwise", "Shape"]
+__all__ = ["DEPTH", "ELEMENTWISE", "EXPERTS", "METHODS", "RANKS", "SHAPES", "WIDTHS", "Elementwise", "Shape"]

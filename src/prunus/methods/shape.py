@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol, runtime_checkable
 
 from torch import Tensor
 
-from prunus.edits import Narrow
+from prunus.edits import Narrow, Split
 from prunus.sites import Block, Kind, SiteInfo
 from prunus.statistics import SiteStats
 from prunus.stream import Step
@@ -26,12 +26,14 @@ class Plan:
         keep: width → bool `[groups]`, True = kept.
         count: width → how many groups stay; which ones is decided when its block is reached.
         facts: width → what was learned about it from the dense model.
+        ranks: matrix → its rank, of those that become two.
     """
 
     dropped: frozenset[str] = frozenset()
     keep: Mapping[str, Tensor] = field(default_factory=dict)
     count: Mapping[str, int] = field(default_factory=dict)
     facts: Mapping[str, Any] = field(default_factory=dict)
+    ranks: Mapping[str, int] = field(default_factory=dict)
 
 
 class Blocks(Protocol):
@@ -61,7 +63,7 @@ class Blocks(Protocol):
 
 @runtime_checkable
 class Shape(Protocol):
-    """A method that removes whole groups of channels, or whole blocks. A frozen dataclass."""
+    """A method that removes whole groups of channels, ranks or whole blocks. A frozen dataclass."""
 
     @property
     def paper(self) -> str:
@@ -99,7 +101,7 @@ class Shape(Protocol):
         """
         ...
 
-    def narrow(self, block: Block, stats: Mapping[str, SiteStats], plan: Plan) -> list[Narrow]:
+    def narrow(self, block: Block, stats: Mapping[str, SiteStats], plan: Plan) -> Sequence[Narrow | Split]:
         """The edits of one loaded block.
 
         Args:

@@ -12,6 +12,7 @@ from transformers.conversion_mapping import get_model_conversion_mapping
 
 from prunus.models.checkpoint import Checkpoint
 from prunus.models.skeleton import skeleton
+from prunus.models.thin import paired, put, thin
 from prunus.models.weights import Weights, disk_targets
 
 
@@ -46,7 +47,11 @@ def fit(model: PreTrainedModel, checkpoint: Checkpoint) -> None:
 
     Only matrices and their biases change; anything else that differs is refused when it is loaded.
     """
-    targets, converted = disk_targets(model, checkpoint.tensors, get_model_conversion_mapping(model))
+    mapping = get_model_conversion_mapping(model)
+    targets, converted = disk_targets(model, checkpoint.tensors, mapping)
+    pairs = paired({places[0]: checkpoint.tensors[name].shape for name, places in targets.items()})
+    for path, rank in pairs.items():
+        put(model, path, thin(model.get_submodule(path), rank))
     modules = dict(model.named_modules())
     for name, places in targets.items():
         path, _, attribute = places[0].rpartition(".")

@@ -12,7 +12,7 @@ from typing import Any
 
 FILE = "modeling_pruned.py"
 PREFIX = "pruned_"  # of `model_type`
-KEY = "pruned"  # of config.json: {"blocks": path, "biases": [...]}
+KEY = "pruned"  # of config.json: {"blocks": path, "biases": [...], "ranks": {matrix: rank}}
 
 TEMPLATE = '''"""{base} with every block at its own widths, as `per_layer_config` in config.json says.
 
@@ -59,12 +59,23 @@ class Pruned{base}({base}):
         for name in shape["biases"]:
             linear = self.get_submodule(name)
             linear.bias = nn.Parameter(torch.zeros(linear.out_features))
-        self.post_init()
+{factors}        self.post_init()
 
 
 Pruned{config}.register_for_auto_class()
 Pruned{base}.register_for_auto_class("AutoModelForCausalLM")
 '''
+
+# Put into the template where matrices were split; without it the file is what it was before there were any.
+FACTORS = """        for name, rank in shape["ranks"].items():
+            dense = self.get_submodule(name)
+            columns, rows = (dense.nx, dense.nf) if hasattr(dense, "nf") else (dense.in_features, dense.out_features)
+            pair = nn.Sequential()
+            pair.add_module("inner", nn.Linear(columns, rank, bias=False))
+            pair.add_module("outer", nn.Linear(rank, rows, bias=dense.bias is not None))
+            parent, _, last = name.rpartition(".")
+            setattr(self.get_submodule(parent), last, pair)
+"""
 
 
 def source(config: dict[str, Any]) -> str:
@@ -72,7 +83,8 @@ def source(config: dict[str, Any]) -> str:
     base = str(config["architectures"][0]).removeprefix("Pruned")
     kind = str(config["model_type"]).removeprefix(PREFIX)
     settings = str(config["auto_map"]["AutoConfig"]).rpartition(".")[2].removeprefix("Pruned")
-    return TEMPLATE.format(base=base, config=settings, kind=kind, prefix=PREFIX, key=KEY)
+    factors = FACTORS if config[KEY].get("ranks") else ""
+    return TEMPLATE.format(base=base, config=settings, kind=kind, prefix=PREFIX, key=KEY, factors=factors)
 
 
 def describe(

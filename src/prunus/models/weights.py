@@ -96,6 +96,10 @@ class Weights:
         for name, error in info.conversion_errors.items():
             raise ModelError(f"{name}: transformers could not convert it while loading: {error}")
 
+    def is_converted(self, parameter: str) -> bool:
+        """Whether a parameter is made of tensors on disk by more than a new name."""
+        return any(parameter in self.targets[name] for name in self.converted)
+
     def drop(self, module: nn.Module) -> None:
         """Put the parameters of a module back on the meta device; buffers stay."""
         for child in module.modules():
@@ -110,7 +114,11 @@ class Weights:
         return next(self.checkpoint.tensors[name].dtype for name in self._members(parameter))
 
     def export(
-        self, prefix: str, changed: Iterable[str], cuts: Mapping[str, Sequence[Cut]] | None = None
+        self,
+        prefix: str,
+        changed: Iterable[str],
+        cuts: Mapping[str, Sequence[Cut]] | None = None,
+        splits: Mapping[str, str] | None = None,
     ) -> dict[str, Tensor]:
         """The tensors below a dotted path as they shall lie on disk, under their original names and dtypes.
 
@@ -118,6 +126,7 @@ class Weights:
             prefix: dotted path of a loaded block.
             changed: its parameters that differ from the checkpoint; all other tensors are copied as they lie there.
             cuts: parameter → what was cut from it, for those that have another shape than in the checkpoint.
+            splits: parameter that was made → the one of the checkpoint in whose place it stands, alone on disk.
 
         Raises:
             ModelError: converting back does not give the tensors that were read; nothing can be saved safely then.
@@ -133,7 +142,12 @@ class Weights:
                     f"{prefix}: transformers' conversion gives {name}, which the checkpoint does not hold."
                 )
         # What was changed in the dtype on disk need not be read again.
-        kept = [name for name in self.sources(prefix) if name not in new and not self._fewer(name, cuts)]
+        gone = set((splits or {}).values())
+        kept = [
+            name
+            for name in self.sources(prefix)
+            if name not in new and not self._fewer(name, cuts) and self._target(name) not in gone
+        ]
         known = self.checkpoint.tensors
         narrowed = [name for name, value in new.items() if name in known and value.dtype != known[name].dtype]
         tensors = {**dict(self.checkpoint.read(kept)), **{name: value.cpu() for name, value in new.items()}}
@@ -146,7 +160,19 @@ class Weights:
             tensors[name] = _stored_or_new(stored, tensors[name])
         for name in tensors.keys() - known.keys():  # a bias that was made is stored as its matrix is
             tensors[name] = tensors[name].to(known[f"{name.removesuffix('bias')}weight"].dtype)
+        tensors |= self._split(splits or {})
         return {name: value.contiguous() for name, value in tensors.items()}
+
+    def _split(self, splits: Mapping[str, str]) -> dict[str, Tensor]:
+        """Parameters that were made, under names and in dtypes that follow from those they stand for."""
+        state = self.model.state_dict() if splits else {}
+        tensors = {}
+        for made, old in splits.items():
+            (name,) = self._members(old)
+            module, _, last = old.rpartition(".")
+            path = name.removesuffix(last) + made.removeprefix(f"{module}.")
+            tensors[path] = state[made].to("cpu", self.checkpoint.tensors[name].dtype)
+        return tensors
 
     def export_outside(self, names: Iterable[str], changed: Iterable[str] = ()) -> dict[str, Tensor]:
         """Tensors outside of blocks as they shall lie on disk.

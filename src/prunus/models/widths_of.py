@@ -88,7 +88,7 @@ def _judged(
 
 def _differs(block: Block, width: Width, call: Call, inputs: Tensor) -> str | None:
     """Remove every other group from a copy; None if it computes what masking does, else what is wrong."""
-    twin = _copy(block)
+    twin = copied(block)
     keep = torch.arange(width.groups) % 2 == 0
     blank(twin, width, keep)
     masked = call(twin.module, inputs)
@@ -101,7 +101,8 @@ def _differs(block: Block, width: Width, call: Call, inputs: Tensor) -> str | No
     return None if found <= NARROWED[inputs.dtype] else f"narrowed it computes something else than masked ({found:.2g})"
 
 
-def _copy(block: Block) -> Block:
+def copied(block: Block) -> Block:
+    """A block of its own with the same weights."""
     module = copy.deepcopy(block.module)
     parts = dict(module.named_modules())
     paths = {id(part): name for name, part in block.module.named_modules()}

@@ -14,6 +14,7 @@ from transformers import GenerationConfig, PreTrainedModel
 
 from prunus.evaluation.loading import DTYPES, check_device, check_dtype
 from prunus.models.checkpoint import Stored
+from prunus.models.modelling import ours
 from prunus.models.quiet import quiet
 from prunus.models.skeleton import skeleton
 from prunus.models.weights import Weights
@@ -107,7 +108,9 @@ def load(folder: Path, *, device: str = "cpu", dtype: str = "auto") -> Any:
             "%s is run by PyTorch with its weights unpacked, no faster than a dense model: %s.", folder.name, why
         )
         return load_dense(folder, device=device, dtype=dtype)
-    problem = covers(read_config(folder).get_text_config())
+    # The engine knows stock classes; to ask it about another would ask the user whether to run our own file.
+    own = "its blocks are built by the modelling file in the folder" if ours(folder) else None
+    problem = own or covers(read_config(folder).get_text_config())
     if problem is None:
         from prunus.packed.running import open_model
 

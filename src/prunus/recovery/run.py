@@ -11,6 +11,7 @@ from prunus import memory
 from prunus.distributed import Processes
 from prunus.errors import FormatError
 from prunus.models.checkpoint import Checkpoint
+from prunus.models.modelling import ours
 from prunus.models.source import dense_name
 from prunus.progress import Progress
 from prunus.recipe import Recipe
@@ -76,7 +77,11 @@ def _publish(job: RecoveryJob, outcome: Outcome, progress: Progress, clock: Cloc
         inputs = {f"input.{name}": value.contiguous() for name, value in job.probe.inputs.items()}
         job.work.write_tensors("probe.safetensors", {**inputs, "logits": outcome.logits.contiguous()})
         checked = verify(
-            folder, job.work.folder / "probe.safetensors", job.dtype_name, str(job.device), job.recipe.trust_remote_code
+            folder,
+            job.work.folder / "probe.safetensors",
+            job.dtype_name,
+            str(job.device),
+            job.recipe.trust_remote_code or ours(folder),
         )
     progress.advance("reloaded in a fresh process")
     result = _result(job, outcome, zeros, clock) | {"verify": checked}

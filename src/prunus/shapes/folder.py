@@ -16,6 +16,7 @@ from prunus.models.discover import find_blocks
 from prunus.models.modelling import plain
 from prunus.models.skeleton import skeleton_of
 from prunus.models.source import read_config
+from prunus.models.thin import multiplied, paired
 from prunus.models.weights import disk_targets
 from prunus.shapes.fit import BlockFit, Fitter
 
@@ -35,6 +36,7 @@ class Shapes:
         fits: what makes each block differ.
         disk: the model's name of a tensor -> its name on disk.
         fitter: builds blocks on trial.
+        ranks: matrix -> its rank, of those that lie there as two factors.
     """
 
     folder: Path
@@ -45,6 +47,7 @@ class Shapes:
     fits: list[BlockFit]
     disk: dict[str, str]
     fitter: Fitter
+    ranks: dict[str, int]
 
     @property
     def common(self) -> dict[str, int] | None:
@@ -67,7 +70,7 @@ class Shapes:
     @property
     def plain(self) -> bool:
         """True if the configuration as it stands describes all blocks."""
-        return not any(fit.widths or fit.biases for fit in self.fits)
+        return not self.ranks and not any(fit.widths or fit.biases for fit in self.fits)
 
     def stored(self, name: str) -> str:
         """The name on disk of a tensor, which may be a new bias of a module that is there."""
@@ -106,13 +109,15 @@ def read_shapes(folder: Path) -> Shapes:
     checkpoint = Checkpoint.open(folder)
     disk, stacks = _names(model, checkpoint)
     tensors = {name: checkpoint.tensors[stored].shape for name, stored in disk.items()}
+    ranks = paired(tensors)
+    tensors = multiplied(tensors, ranks, model)
     fits = []
     for block in blocks:
         prefix = f"{block.name}."
         own = {name.removeprefix(prefix): shape for name, shape in tensors.items() if name.startswith(prefix)}
         experts = {name.removeprefix(prefix): count for name, count in stacks.items() if name.startswith(prefix)}
         fits.append(fitter(block.name, block.index, own, experts))
-    return Shapes(folder, written, config, model, blocks[0].tower, fits, disk, fitter)
+    return Shapes(folder, written, config, model, blocks[0].tower, fits, disk, fitter, ranks)
 
 
 def _names(model: PreTrainedModel, checkpoint: Checkpoint) -> tuple[dict[str, str], dict[str, int]]:

@@ -49,6 +49,8 @@ def find_stock(shapes: Shapes, widths: Mapping[str, int]) -> Stock:
     Raises:
         FormatError: none does; the sentence says why, class by class.
     """
+    if shapes.ranks:
+        raise FormatError(f"no stock class holds a matrix as two factors, and {next(iter(shapes.ranks))} is one")
     reasons = []
     own = shapes.written["model_type"]
     for kind in (own, *(other for other in RELABELS if own in RELABELS and other != own)):

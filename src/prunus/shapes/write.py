@@ -56,7 +56,9 @@ def own_class(shapes: Shapes) -> dict[str, Any]:
     head = getattr(shapes.fitter.config, "head_dim", None)
     if isinstance(head, int):
         written["head_dim"] = head  # or it would follow the number of heads
-    shape = {"blocks": shapes.blocks, "biases": shapes.biases}
+    shape: dict[str, Any] = {"blocks": shapes.blocks, "biases": shapes.biases}
+    if shapes.ranks:
+        shape["ranks"] = shapes.ranks
     return modelling.describe(written, type(shapes.config).__name__, shape, shapes.per_layer)
 
 

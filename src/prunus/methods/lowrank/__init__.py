@@ -1,0 +1,1 @@
+"""Low rank: a matrix becomes the product of two thin ones."""
