@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from prunus.errors import RecipeError
-from prunus.methods.shape import Shape
+from prunus.methods.shape import Fixed, Shape
 from prunus.models.skeleton import parameter_count
 from prunus.models.weights import Weights
 from prunus.sites import Block
@@ -36,6 +36,10 @@ def share(part: PrunePart, method: object, weights: Weights, blocks: Sequence[Bl
     """
     given = {"--params": part.params, "--size": part.size}
     wishes = {option: text for option, text in given.items() if text is not None}
+    own = method.own_share([_size(block) for block in blocks]) if isinstance(method, Fixed) else None
+    if own is not None:
+        _refuse(part, wishes, own)
+        return own
     if not wishes:
         return part.sparsity
     if len(wishes) > 1:
@@ -48,7 +52,7 @@ def share(part: PrunePart, method: object, weights: Weights, blocks: Sequence[Bl
         )
     wanted = number(option, text)
     if option == "--params":
-        whole, inside = parameter_count(weights.model), sum(info.size for block in blocks for info in block.infos)
+        whole, inside = parameter_count(weights.model), sum(map(_size, blocks))
     else:
         whole, inside = weights.checkpoint.bytes, _bytes(weights, blocks)
     if not whole - inside < wanted <= whole:
@@ -57,6 +61,22 @@ def share(part: PrunePart, method: object, weights: Weights, blocks: Sequence[Bl
             f"matrices of its blocks, so ask for more than {_text(whole - inside)} and at most {_text(whole)}."
         )
     return (whole - wanted) / inside
+
+
+def _refuse(part: PrunePart, wishes: Mapping[str, str], own: float) -> None:
+    """See that no budget contradicts what the method's settings fix."""
+    default = type(part).model_fields["sparsity"].default
+    asked = "sparsity" in part.model_fields_set and part.sparsity not in (default, own)
+    named = [f"{option} {text}" for option, text in wishes.items()] + asked * [f"--sparsity {part.sparsity:g}"]
+    if named:
+        raise RecipeError(
+            f"{part.method} removes {own:.4g} of the blocks by its settings, whatever {named[0]} says. Leave that out, "
+            "or use another method, such as shortgpt."
+        )
+
+
+def _size(block: Block) -> int:
+    return sum(info.size for info in block.infos)
 
 
 def number(option: str, text: str) -> int:

@@ -112,6 +112,8 @@ def _publish(
         )
         if isinstance(job.method, Shape):
             result |= {"loads": output.loads, "shapes": {**result["shapes"], "parameters": output.parameters()}}
+        elif output.loads != "transformers":
+            result["loads"] = output.loads
     progress.advance("reloaded in a fresh process")
     if warning := guard.probe_warning(logits, job.probe.inputs.get("input_ids")):
         result["warnings"].append(warning)

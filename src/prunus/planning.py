@@ -25,7 +25,8 @@ from prunus.methods.elementwise import Elementwise
 from prunus.methods.shape import Shape
 from prunus.models.checkpoint import Checkpoint
 from prunus.models.discover import find_blocks, uncovered
-from prunus.models.skeleton import parameter_count, skeleton
+from prunus.models.fitted import as_stored
+from prunus.models.skeleton import parameter_count
 from prunus.models.source import locate
 from prunus.models.weights import Weights
 from prunus.notes import collecting
@@ -69,7 +70,7 @@ def _plan(recipe: Recipe, notes: list[str]) -> dict[str, Any]:
         if Path(recipe.out).exists():
             notes.append(f"OUT {recipe.out} exists; prune replaces it only with --overwrite.")
     checkpoint = Checkpoint.open(folder)
-    model = skeleton(folder, dtype_of(recipe.dtype, device, checkpoint), recipe.trust_remote_code)
+    model = as_stored(checkpoint, dtype_of(recipe.dtype, device, checkpoint), recipe.trust_remote_code)
     blocks = sites_of(recipe, model, method)
     sparsity = share(recipe.prune, method, Weights(model, checkpoint, device), blocks)
     sites = [info for block in blocks for info in block.infos]

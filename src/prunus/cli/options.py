@@ -67,6 +67,12 @@ RECIPE: dict[str, OptionInfo] = {
         "smaller.",
     ),
     "size": option("--size BYTES", WHAT, "Bytes of weights that the result shall have, such as 80MB, likewise."),
+    "portable": option(
+        "--portable",
+        WHAT,
+        "Give all blocks one shape that a stock class of transformers holds, so that every tool loads the result; for "
+        "methods that make tensors smaller. Where no class does, it is refused with what would.",
+    ),
     "round_to": option(
         "--round-to N", WHAT, "Keep neurons in multiples of N, such as 32, which kernels like. Default: 1."
     ),
