@@ -1,4 +1,7 @@
-"""Budgets that people think in: parameters or bytes of the result, as a share of the blocks' weights to remove."""
+"""Budgets that people think in: parameters or bytes of the result, as a share of the blocks' weights to remove.
+
+A factor of speed is one too; `prunus.speedup` finds its share by timing, when the run has begun.
+"""
 
 from __future__ import annotations
 
@@ -34,7 +37,8 @@ def share(part: PrunePart, method: object, weights: Weights, blocks: Sequence[Bl
     Raises:
         RecipeError: the budget cannot be read or reached, says what can; or the method makes nothing smaller.
     """
-    given = {"--params": part.params, "--size": part.size}
+    speedup = None if part.speedup is None else f"{part.speedup:g}"
+    given = {"--params": part.params, "--size": part.size, "--speedup": speedup}
     wishes = {option: text for option, text in given.items() if text is not None}
     own = method.own_share([_size(block) for block in blocks]) if isinstance(method, Fixed) else None
     if own is not None:
@@ -43,13 +47,15 @@ def share(part: PrunePart, method: object, weights: Weights, blocks: Sequence[Bl
     if not wishes:
         return part.sparsity
     if len(wishes) > 1:
-        raise RecipeError("--params and --size are two budgets; give one.")
+        raise RecipeError(f"{' and '.join(wishes)} are different budgets; give one.")
     ((option, text),) = wishes.items()
     if not isinstance(method, Shape):
         raise RecipeError(
             f"{option} needs a method that makes tensors smaller, and {part.method} only sets weights to zero. "
             "Use --sparsity, or a method such as flap, obs-sp or shortgpt."
         )
+    if option == "--speedup":
+        return 0.0  # found by timing, once the work has begun: `prunus.speedup`
     wanted = number(option, text)
     if option == "--params":
         whole, inside = parameter_count(weights.model), sum(map(_size, blocks))

@@ -63,7 +63,12 @@ class Legal:
             fits = list(shapes.fits)
             for block in self.blocks:
                 prefix = f"{block.name}."
-                tensors = _narrowed(block, shapes.fitter.shapes(block.index, fits[block.index].widths), heads)
+                # One neuron less, whatever will go: no class minds how many there are.
+                left = {
+                    width.name: heads if width.kind == "heads" and heads else max(1, width.groups - 1)
+                    for width in block.widths
+                }
+                tensors = narrowed(block, shapes.fitter.shapes(block.index, fits[block.index].widths), left)
                 biases = {f"{width.consumer.matrix.removeprefix(prefix)}.bias" for width in block.widths}
                 tensors |= {
                     name: (tensors[f"{name.removesuffix('.bias')}.weight"][0],)
@@ -77,14 +82,14 @@ class Legal:
         return ""
 
 
-def _narrowed(block: Block, dense: Mapping[str, Shape], heads: int | None) -> dict[str, Shape]:
-    """Shapes of a block's tensors, by their names in it, with so many heads and one neuron less."""
+def narrowed(block: Block, dense: Mapping[str, Shape], left: Mapping[str, int]) -> dict[str, Shape]:
+    """Shapes of a block's tensors, by their names in it, where so many groups of each width stay (all unless named)."""
     tensors = dict(dense)
     for width in block.widths:
-        left = heads if width.kind == "heads" and heads is not None else max(1, width.groups - 1)
-        if left == width.groups:
+        count = left.get(width.name, width.groups)
+        if count == width.groups:
             continue
-        keep = torch.arange(width.groups) < left
+        keep = torch.arange(width.groups) < count
         for rows, members in ((True, width.rows), (False, width.columns)):
             for member in members:
                 _cut(block, member, rows, int(member.kept(keep).sum()), tensors)
