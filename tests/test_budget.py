@@ -41,6 +41,7 @@ def test_the_result_has_what_was_asked_for(budget: dict, counted: str, tmp_path:
         ({"params": "many"}, "--params 'many' is no number; write it as 100M or 1.2B"),
         ({"size": "80MiB"}, "--size '80MiB' is no number; write it as 80MB"),
         ({"params": "200K", "size": "80MB"}, "--params and --size are different budgets"),
+        ({"params": "200K", "sparsity": 0.3}, "--params and --sparsity are different budgets"),
         ({"method": "wanda", "params": "200K"}, "--params needs a method that makes tensors smaller"),
     ],
 )

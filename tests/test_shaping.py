@@ -181,6 +181,7 @@ def test_lists_with_an_entry_for_each_block_follow_when_blocks_go(family: str, t
 def test_uniform_cuts_of_other_families_load(family: str, tiny, tmp_path: Path) -> None:
     result = prunus.engine.prune(recipe("wanda-sp", 0.5, tiny(family)), tmp_path / "out")
     assert abs(result["sparsity"]["reached"] - 0.5) < 0.03
+    assert result["loads"] == "transformers"
     heads = next(block for block in result["blocks"][0]["matrices"] if block["name"].endswith(("o_proj", "dense")))
     assert heads["kept_shape"][1] == heads["shape"][1] // 2
 
@@ -195,6 +196,7 @@ def test_heads_that_cannot_go_are_refused_with_the_reason_and_neurons_still_can(
     assert not (tmp_path / "out").exists()
     result = prunus.engine.prune(recipe("wanda-sp", 0.2, model, **{"method.kinds": "neurons"}), tmp_path / "out")
     assert abs(result["sparsity"]["reached"] - 0.2) < 0.02
+    assert result["loads"] == "transformers"
 
 
 @pytest.mark.parametrize(

@@ -40,14 +40,16 @@ def share(part: PrunePart, method: object, weights: Weights, blocks: Sequence[Bl
     speedup = None if part.speedup is None else f"{part.speedup:g}"
     given = {"--params": part.params, "--size": part.size, "--speedup": speedup}
     wishes = {option: text for option, text in given.items() if text is not None}
+    asked = "sparsity" in part.model_fields_set and part.sparsity != type(part).model_fields["sparsity"].default
     own = method.own_share([_size(block) for block in blocks]) if isinstance(method, Fixed) else None
     if own is not None:
-        _refuse(part, wishes, own)
+        _refuse(part, wishes, asked and part.sparsity != own, own)
         return own
     if not wishes:
         return part.sparsity
-    if len(wishes) > 1:
-        raise RecipeError(f"{' and '.join(wishes)} are different budgets; give one.")
+    if len(wishes) + asked > 1:
+        named = [*wishes, *(["--sparsity"] if asked else [])]
+        raise RecipeError(f"{' and '.join(named)} are different budgets; give one.")
     ((option, text),) = wishes.items()
     if not isinstance(method, Shape):
         raise RecipeError(
@@ -69,10 +71,8 @@ def share(part: PrunePart, method: object, weights: Weights, blocks: Sequence[Bl
     return (whole - wanted) / inside
 
 
-def _refuse(part: PrunePart, wishes: Mapping[str, str], own: float) -> None:
-    """See that no budget contradicts what the method's settings fix."""
-    default = type(part).model_fields["sparsity"].default
-    asked = "sparsity" in part.model_fields_set and part.sparsity not in (default, own)
+def _refuse(part: PrunePart, wishes: Mapping[str, str], asked: bool, own: float) -> None:
+    """See that no budget, nor a sparsity that was `asked` for, contradicts what the method's settings fix."""
     named = [f"{option} {text}" for option, text in wishes.items()] + asked * [f"--sparsity {part.sparsity:g}"]
     if named:
         raise RecipeError(
