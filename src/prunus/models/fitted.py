@@ -40,7 +40,8 @@ def load_fitted(
         ModelError: a parameter is in no shard, or a tensor fits nowhere.
     """
     checkpoint = Checkpoint.open(folder)
-    model = as_stored(checkpoint, dtype, trust_remote_code)
+    model = skeleton(folder, dtype, trust_remote_code)
+    fit(model, checkpoint)
     weights = Weights(model, checkpoint, device)
     known = weights.known(weights.targets)
     weights.load(known)
