@@ -118,8 +118,8 @@ class Output:
 
     def _configure(self) -> None:
         """Bring config.json in step with the shapes that were written."""
-        kept = [block for block in self.job.stream.blocks if block.name not in self.dropped]
-        reshaped = any((self.report(block) or {}).get("kept") for block in kept)
+        reports = [self.report(block) or {} for block in self.job.stream.blocks if block.name not in self.dropped]
+        reshaped = any(report.get("kept") for report in reports)
         if not self.dropped and not reshaped:
             return
         gone: dict[str, set[int]] = {}

@@ -139,7 +139,7 @@ def _steps(job: Job) -> list[float]:
         most = min(free, len(blocks) - 1)
         return [count / len(blocks) for count in range(max(most, 0) + 1)]
     kinds = getattr(method, "touches", ())
-    if not kinds or "experts" in kinds:
+    if not kinds or not {*kinds} <= {"heads", "neurons"}:
         raise RecipeError(
             f"--speedup is for methods that remove heads, neurons or blocks, such as flap or shortgpt. What "
             f"{job.recipe.prune.method} removes does not make a token faster in a way that stand-ins show; use "
