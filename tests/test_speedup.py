@@ -14,6 +14,7 @@ from prunus.errors import RecipeError
 from prunus.evaluation.loading import load_model
 from prunus.planning import plan
 from prunus.recipe import Recipe
+from prunus.recipe_options import from_options
 from prunus.report import plan_text, prune_text
 from prunus.speedup import NEAR, TRIALS, Trial, search
 
@@ -100,6 +101,11 @@ def test_a_speedup_without_meaning_is_refused(part: dict, words: str, tmp_path: 
     with pytest.raises(RecipeError, match=words):
         prunus.engine.prune(Recipe(model=str(STORIES), calibration=TEXT, prune=part), tmp_path / "out")
     assert not list(tmp_path.glob("*"))
+
+
+def test_a_factor_that_is_none_is_refused_with_what_would_be() -> None:
+    with pytest.raises(RecipeError, match="speedup must be a number of more than 1, not '1'"):
+        from_options({"model": "m", "speedup": "1"})
 
 
 def test_a_plan_says_that_timing_will_decide() -> None:
