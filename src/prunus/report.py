@@ -286,7 +286,8 @@ def _speedup(found: Result | None) -> str:
     return (
         f"asked for {found['wanted']:g} x; stand-ins ({trials}) said {share}, which leaves {axes}. The "
         f"result decodes {reached['decode']:.2f} x as fast ({before:.1f} -> {after:.1f} tokens/s) and reads "
-        f"prompts {reached['prefill']:.2f} x as fast, in transformers, float32, {found['threads']} threads"
+        f"prompts {reached['prefill']:.2f} x as fast, in transformers, float32, on {found['threads']} "
+        f"thread{'s' * (found['threads'] > 1)}"
     )
 
 
