@@ -96,6 +96,54 @@ def test_gguf_of_a_model_with_norms_of_heads(qwen3: Path, tmp_path: Path) -> Non
     assert prunus.export(qwen3, tmp_path / "out.gguf", format="gguf")["arch"] == "qwen3"
 
 
+@pytest.fixture(scope="module")
+def gemma3(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Windows shorter than the probe, in every other block."""
+    folder = tmp_path_factory.mktemp("gemma3") / "model"
+    config = AutoConfig.for_model(
+        "gemma3_text", vocab_size=512, hidden_size=64, intermediate_size=96, num_hidden_layers=4, num_attention_heads=4,
+        num_key_value_heads=2, head_dim=16, query_pre_attn_scalar=16, sliding_window=8, bos_token_id=1, eos_token_id=2,
+        layer_types=["sliding_attention", "full_attention"] * 2, max_position_embeddings=256, pad_token_id=0,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config)
+    with torch.no_grad():
+        for name, value in model.named_parameters():
+            value.normal_(std=0.3 if "norm" in name else 0.15)
+    model.save_pretrained(folder)
+    AutoTokenizer.from_pretrained(STORIES).save_pretrained(folder)
+    return folder
+
+
+def test_gguf_of_a_model_with_windows_and_norms_around_every_part(gemma3: Path, tmp_path: Path) -> None:
+    result = prunus.export(gemma3, tmp_path / "out.gguf", format="gguf")
+    assert result["arch"] == "gemma3"
+    if result["check"]["ran"]:
+        assert result["check"]["equal"] + result["check"]["ties"] >= 3
+
+
+@pytest.mark.parametrize(
+    "change,words",
+    [
+        ({"layer_types": ["full_attention", *["sliding_attention"] * 3]}, r"equal distances, and here they are \[0\]"),
+        ({"query_pre_attn_scalar": 32}, "root of 16, and the model by that of 32"),
+        ({"final_logit_softcapping": 30.0}, "caps no logits"),
+    ],
+)
+def test_gguf_refuses_a_gemma_that_llama_cpp_computes_in_another_way(
+    gemma3: Path, change: dict, words: str, tmp_path: Path
+) -> None:
+    folder = tmp_path / "model"
+    folder.mkdir()
+    for file in gemma3.iterdir():
+        (folder / file.name).write_bytes(file.read_bytes())
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, **change}))
+    with pytest.raises(RecipeError, match=words):
+        prunus.export(folder, tmp_path / "out.gguf", format="gguf")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["model"]
+
+
 def test_gguf_keeps_long_rotary_periods(tmp_path: Path) -> None:
     folder = cut(STORIES, tmp_path / "long", [4] * 5, [172] * 5)
     config = json.loads((folder / "config.json").read_text())

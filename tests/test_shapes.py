@@ -15,7 +15,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 import prunus
 from prunus.errors import FormatError, ModelError
-from prunus.models.modelling import FILE, describe, ours
+from prunus.models.modelling import FILE, TEMPLATES, describe, ours, source
 from prunus.shapes import settle
 from prunus.shapes.folder import read_shapes
 from prunus.shapes.write import write_config
@@ -204,6 +204,20 @@ def test_other_code_beside_ours_is_not_trusted(spoil, tmp_path: Path) -> None:
     assert ours(tmp_path)
     spoil(tmp_path)
     assert not ours(tmp_path)
+
+
+def test_a_folder_says_which_template_its_file_was_written_from(tmp_path: Path) -> None:
+    config = {"model_type": "llama", "architectures": ["LlamaForCausalLM"]}
+    described = describe(config, "LlamaConfig", {"blocks": "model.layers", "biases": []}, {})
+    assert described["pruned"]["template"] == max(TEMPLATES)
+    write_config(tmp_path, described)
+    first = {**described, "pruned": {"blocks": "model.layers", "biases": []}}  # as the first folders were written
+    (tmp_path / "config.json").write_text(json.dumps(first))
+    (tmp_path / FILE).write_text(source({**described, "pruned": {**described["pruned"], "template": 1}}))
+    assert ours(tmp_path)
+    unknown = {**described, "pruned": {**described["pruned"], "template": max(TEMPLATES) + 1}}
+    (tmp_path / "config.json").write_text(json.dumps(unknown))
+    assert not ours(tmp_path), "a later prunus wrote it: this one cannot tell its file"
 
 
 def test_a_third_party_s_code_is_not_taken_for_ours(tmp_path: Path) -> None:

@@ -10,13 +10,18 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
+import prunus
 import prunus.engine
 from families import FAMILIES, save_tiny
+from prunus.distributed import Processes
 from prunus.errors import ModelError, RecipeError
 from prunus.evaluation.loading import load_model
+from prunus.job import prepare
 from prunus.methods import DEPTH, WIDTHS
+from prunus.methods.widths.structures import uniform_counts
 from prunus.output import Output
-from prunus.recipe import Recipe
+from prunus.recipe import PrunePart, Recipe
+from prunus.sites import Width
 from prunus.verify import TOLERANCE, compare
 
 STORIES = Path(__file__).parent / "assets" / "stories260k"
@@ -41,7 +46,7 @@ def in_process(monkeypatch: pytest.MonkeyPatch) -> None:
 def recipe(method: str, sparsity: float = 0.4, model: Path = STORIES, **settings: object) -> Recipe:
     near = {"method.first": 1, "method.last": 1} if method in NEAR else {}
     text = {"source": "wikitext2", "samples": 4, "length": 64}
-    if model != STORIES:
+    if (model.parent / "ids.npy").is_file():
         text = {"source": str(model.parent / "ids.npy"), "samples": 4, "length": 32}
     return Recipe(
         model=str(model), calibration=text, prune={"method": method, "sparsity": sparsity, "settings": near | settings}
@@ -66,7 +71,7 @@ def tensors(folder: Path) -> dict[str, torch.Tensor]:
 
 @pytest.mark.parametrize("method", [*WIDTHS, *DEPTH])
 def test_every_method_reaches_its_share_and_its_result_loads(method: str, tmp_path: Path) -> None:
-    result = prunus.engine.prune(recipe(method), tmp_path / "out")
+    result = prunus.engine.prune(recipe(method, 0.25 if method == "last-quarter" else 0.4), tmp_path / "out")
     wanted = 0.25 if method == "last-quarter" else 0.4
     # A block is a fifth; a neuron of each of five blocks half a per cent.
     unit = 0.1 if method in DEPTH else 0.035
@@ -176,6 +181,11 @@ def test_lists_with_an_entry_for_each_block_follow_when_blocks_go(family: str, t
 def test_uniform_cuts_of_other_families_load(family: str, tiny, tmp_path: Path) -> None:
     result = prunus.engine.prune(recipe("wanda-sp", 0.5, tiny(family)), tmp_path / "out")
     assert abs(result["sparsity"]["reached"] - 0.5) < 0.03
+    # GPT-NeoX takes the size of a head from the number of heads, so no class holds fewer.
+    assert result["loads"] == ("prunus" if family == "gpt_neox" else "transformers")
+    if result["loads"] == "prunus":
+        again = prunus.engine.prune(recipe("wanda-sp", 0.3, tmp_path / "out"), tmp_path / "again")
+        assert again["loads"] == "prunus" and abs(again["sparsity"]["reached"] - 0.3) < 0.05
     heads = next(block for block in result["blocks"][0]["matrices"] if block["name"].endswith(("o_proj", "dense")))
     assert heads["kept_shape"][1] == heads["shape"][1] // 2
 
@@ -190,6 +200,7 @@ def test_heads_that_cannot_go_are_refused_with_the_reason_and_neurons_still_can(
     assert not (tmp_path / "out").exists()
     result = prunus.engine.prune(recipe("wanda-sp", 0.2, model, **{"method.kinds": "neurons"}), tmp_path / "out")
     assert abs(result["sparsity"]["reached"] - 0.2) < 0.02
+    assert result["loads"] == "transformers"
 
 
 @pytest.mark.parametrize(
@@ -206,6 +217,11 @@ def test_heads_that_cannot_go_are_refused_with_the_reason_and_neurons_still_can(
         ("obs-sp", 0.5, {"method.rounds": 0}, "at least 1"),
         ("shortgpt", 0.95, {}, "at most 4 can"),
         ("top", 0.5, {"method.keep": 9}, "the model has 5 blocks"),
+        ("flap", 0.5, {"method.last": 7}, "first 0 and last 7 blocks left alone.*ask for 0 to 0"),
+        ("obs-sp", 0.5, {"method.last": 7}, "first 0 and last 7 blocks left alone"),
+        ("shortgpt", 0.4, {"method.last": 7}, "at most 0 can"),
+        ("last-quarter", 0.4, {}, "removes 0.25 of the blocks by its settings, whatever --sparsity 0.4 says"),
+        ("top", 0.4, {"method.keep": 4}, "removes 0.2 of the blocks by its settings"),
         ("last-quarter", 0.5, {"method.share": 1}, r"in \[0, 1\)"),
         ("sleb", 0.8, {}, "keeps the first and the last"),
         ("sleb", 0.4, {"ranking.samples": 0}, "at least 1"),
@@ -222,6 +238,148 @@ def test_parts_of_other_methods_are_refused(part: str) -> None:
     name = {"metric": "wanda", "update": "obs", "pattern": "2:4", "allocation": "owl"}[part]
     with pytest.raises(RecipeError, match=f"--{part} {name} has no meaning with flap"):
         Recipe(model="m", prune={"method": "flap", part: name}).build()
+
+
+@pytest.mark.parametrize("budget", [{"params": "200K"}, {"size": "800K"}, {"speedup": 1.2}])
+def test_a_budget_that_the_method_s_settings_contradict_is_refused(budget: dict, tmp_path: Path) -> None:
+    asked = recipe("last-quarter", 0.25).model_copy(update={"prune": PrunePart(method="last-quarter", **budget)})
+    with pytest.raises(RecipeError, match="by its settings, whatever --"):
+        prunus.engine.prune(asked, tmp_path / "out")
+
+
+def test_too_little_text_for_a_hessian_without_damping_is_refused_with_the_cure(tmp_path: Path) -> None:
+    asked = recipe("obs-sp", 0.2, **{"method.damp": 0.0})
+    asked = asked.model_copy(update={"calibration": asked.calibration.model_copy(update={"samples": 1})})
+    with pytest.raises(RecipeError, match=r"not positive definite with method.damp 0.*method.damp=0.01"):
+        prunus.engine.prune(asked, tmp_path / "out")
+    assert not list(tmp_path.glob("*"))
+
+
+def test_what_depends_on_the_order_of_sequences_is_refused_for_several_processes(tmp_path: Path) -> None:
+    asked = recipe("flap", **{"score.compat": "reference"})
+    with pytest.raises(RecipeError, match="order of the sequences, which 2 processes"):
+        prepare(asked, tmp_path / "out", overwrite=False, processes=Processes(0, 2), warnings=[])
+
+
+@pytest.fixture(scope="module")
+def unequal(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder whose blocks have sizes of their own, and biases."""
+    folder = tmp_path_factory.mktemp("unequal") / "flap"
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr("prunus.engine.verify", lambda *_: {"relative_difference": 0.0, "tolerance": 1.0})
+        result = prunus.engine.prune(recipe("flap", 0.3), folder)
+    assert result["loads"] == "code"
+    return folder
+
+
+@pytest.mark.parametrize("method", ["flap", "obs-sp", "wanda"])
+def test_unequal_blocks_can_be_pruned_again(method: str, unequal: Path, tmp_path: Path) -> None:
+    result = prunus.engine.prune(recipe(method, 0.3, unequal), tmp_path / "again")
+    assert result["loads"] == "code"
+    assert abs(result["sparsity"]["reached"] - 0.3) < 0.02
+    assert result["verify"]["relative_difference"] < 1e-5
+    before, after = tensors(unequal), tensors(tmp_path / "again")
+    size = sum(value.numel() if method != "wanda" else int(value.count_nonzero()) for value in after.values())
+    assert size < 0.85 * sum(value.numel() for value in before.values())
+
+
+def test_unequal_blocks_can_go(unequal: Path, tmp_path: Path) -> None:
+    result = prunus.engine.prune(recipe("shortgpt", 0.4, unequal), tmp_path / "out")
+    (one, other) = (int(name.rpartition(".")[2]) for name in result["shapes"]["blocks"])
+    before, after = load_model(unequal), load_model(tmp_path / "out")
+    left = [block for place, block in enumerate(before.model.layers) if place not in (one, other)]
+    assert len(after.model.layers) == 3
+    for old, new in zip(left, after.model.layers, strict=True):
+        assert all(torch.equal(old.state_dict()[name], value) for name, value in new.state_dict().items())
+
+
+def test_unequal_blocks_recover(unequal: Path, tmp_path: Path) -> None:
+    result = prunus.recover(
+        unequal,
+        tmp_path / "out",
+        method="biases",
+        allow_dense=True,
+        steps=2,
+        samples=8,
+        length=32,
+        heldout=2,
+        dtype="float32",
+    )
+    before, after = load_model(unequal), load_model(tmp_path / "out")
+    assert {name: value.shape for name, value in before.state_dict().items()} == {
+        name: value.shape for name, value in after.state_dict().items()
+    }
+    assert result
+
+
+@pytest.mark.parametrize("method,sparsity", [("flap", 0.5), ("obs-sp", 0.3)])
+def test_portable_gives_all_blocks_one_shape_of_a_stock_class(method: str, sparsity: float, tmp_path: Path) -> None:
+    asked = recipe(method, sparsity)
+    asked = asked.model_copy(update={"prune": asked.prune.model_copy(update={"portable": True})})
+    result = prunus.engine.prune(asked, tmp_path / "out")
+    assert result["loads"] == "transformers"
+    assert abs(result["sparsity"]["reached"] - sparsity) < 0.005
+    assert "auto_map" not in json.loads((tmp_path / "out" / "config.json").read_text())
+    written = tensors(tmp_path / "out")
+    for part in ("o_proj.weight", "down_proj.weight"):
+        assert len({value.shape for name, value in written.items() if name.endswith(part)}) == 1
+    _, info = AutoModelForCausalLM.from_pretrained(tmp_path / "out", output_loading_info=True)
+    assert not any(info[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+
+
+def test_portable_takes_the_nearest_number_of_heads_that_a_class_allows() -> None:
+    size = {"a": 32 * 24, "m": 96}
+    widths = [
+        Width(
+            f"{kind}{block}",
+            str(block),
+            "heads" if kind == "a" else "neurons",
+            groups,
+            (),
+            (),
+            torch.full((groups,), size[kind]),
+        )
+        for block in (0, 1)
+        for kind, groups in (("a", 8), ("m", 200))
+    ]
+    total = sum(int(width.weights.sum()) for width in widths)
+
+    def refusal(heads: int | None) -> str:
+        return "" if heads in (2, 4, 8) else f"{heads} is odd"
+
+    counts = uniform_counts(widths, total // 3, 1 / 3, 0, "UL-UM", "exact", refusal)
+    assert counts["a0"] == counts["a1"] == 8 or counts["a0"] == counts["a1"] == 4
+    gone = sum((width.groups - counts[width.name]) * int(width.weights[0]) for width in widths)
+    assert abs(gone - total // 3) <= 2 * 96
+    with pytest.raises(RecipeError, match=r"no stock class holds 7 of 8 groups.*7 is odd"):
+        uniform_counts(widths, total // 3, 1 / 3, 2, "UL-MM", "exact", refusal)
+
+
+@pytest.mark.parametrize(
+    "method,settings,words",
+    [
+        ("llm-pruner", {}, "the first 1 and last 1 are left alone.*method.first=0"),
+        ("wanda", {}, "only sets weights to zero"),
+    ],
+)
+def test_portable_that_cannot_be_is_refused_with_what_can(method, settings, words, tmp_path: Path) -> None:
+    asked = recipe(method, 0.3, **settings)
+    asked = asked.model_copy(update={"prune": asked.prune.model_copy(update={"portable": True})})
+    with pytest.raises(RecipeError, match=words):
+        prunus.engine.prune(asked, tmp_path / "out")
+    assert not list(tmp_path.glob("*"))
+
+
+def test_portable_refuses_biases_and_blocks_for_which_there_is_no_class(tiny, unequal: Path, tmp_path: Path) -> None:
+    for model, words in (
+        (unequal, "differ in shape already. prunus export"),
+        (tiny("qwen3"), "no stock class holds .*method.bias=false.*trust_remote_code=True"),
+    ):
+        asked = recipe("flap", 0.3, model)
+        asked = asked.model_copy(update={"prune": asked.prune.model_copy(update={"portable": True})})
+        with pytest.raises(RecipeError, match=words):
+            prunus.engine.prune(asked, tmp_path / "out")
+        assert not (tmp_path / "out").exists()
 
 
 def test_top_keeps_the_first_blocks_and_their_weights(tmp_path: Path) -> None:

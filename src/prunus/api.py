@@ -26,6 +26,8 @@ class Options(TypedDict, total=False):
         sparsity: share of the blocks' weights to remove, in [0, 1).
         params: instead of a sparsity, parameters to keep, such as "100M" (methods for shapes).
         size: instead of a sparsity, bytes to keep, such as "80MB" (methods for shapes).
+        speedup: instead of a sparsity, how many times as fast to decode on this machine (methods for widths and depth).
+        portable: all blocks of one shape that a stock class of transformers holds (methods for shapes).
         round_to: neurons or ranks in multiples of this (methods for widths, low rank).
         pattern: "unstructured", "N:M" with N kept of every M consecutive inputs, or "capped:K/M" with at most K.
         allocation: how the sparsity is divided over the blocks.
@@ -52,6 +54,8 @@ class Options(TypedDict, total=False):
     sparsity: float
     params: str
     size: str
+    speedup: float
+    portable: bool
     round_to: int
     pattern: str
     allocation: str

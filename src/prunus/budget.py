@@ -1,13 +1,16 @@
-"""Budgets that people think in: parameters or bytes of the result, as a share of the blocks' weights to remove."""
+"""Budgets that people think in: parameters or bytes of the result, as a share of the blocks' weights to remove.
+
+A factor of speed is one too; `prunus.speedup` finds its share by timing, when the run has begun.
+"""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from prunus.errors import RecipeError
-from prunus.methods.shape import Shape
+from prunus.methods.shape import Fixed, Shape
 from prunus.models.skeleton import parameter_count
 from prunus.models.weights import Weights
 from prunus.sites import Block
@@ -34,21 +37,30 @@ def share(part: PrunePart, method: object, weights: Weights, blocks: Sequence[Bl
     Raises:
         RecipeError: the budget cannot be read or reached, says what can; or the method makes nothing smaller.
     """
-    given = {"--params": part.params, "--size": part.size}
+    speedup = None if part.speedup is None else f"{part.speedup:g}"
+    given = {"--params": part.params, "--size": part.size, "--speedup": speedup}
     wishes = {option: text for option, text in given.items() if text is not None}
+    asked = "sparsity" in part.model_fields_set and part.sparsity != type(part).model_fields["sparsity"].default
+    own = method.own_share([_size(block) for block in blocks]) if isinstance(method, Fixed) else None
+    if own is not None:
+        _refuse(part, wishes, asked and part.sparsity != own, own)
+        return own
     if not wishes:
         return part.sparsity
-    if len(wishes) > 1:
-        raise RecipeError("--params and --size are two budgets; give one.")
+    if len(wishes) + asked > 1:
+        named = [*wishes, *(["--sparsity"] if asked else [])]
+        raise RecipeError(f"{' and '.join(named)} are different budgets; give one.")
     ((option, text),) = wishes.items()
     if not isinstance(method, Shape):
         raise RecipeError(
             f"{option} needs a method that makes tensors smaller, and {part.method} only sets weights to zero. "
             "Use --sparsity, or a method such as flap, obs-sp or shortgpt."
         )
+    if option == "--speedup":
+        return 0.0  # found by timing, once the work has begun: `prunus.speedup`
     wanted = number(option, text)
     if option == "--params":
-        whole, inside = parameter_count(weights.model), sum(info.size for block in blocks for info in block.infos)
+        whole, inside = parameter_count(weights.model), sum(map(_size, blocks))
     else:
         whole, inside = weights.checkpoint.bytes, _bytes(weights, blocks)
     if not whole - inside < wanted <= whole:
@@ -57,6 +69,20 @@ def share(part: PrunePart, method: object, weights: Weights, blocks: Sequence[Bl
             f"matrices of its blocks, so ask for more than {_text(whole - inside)} and at most {_text(whole)}."
         )
     return (whole - wanted) / inside
+
+
+def _refuse(part: PrunePart, wishes: Mapping[str, str], asked: bool, own: float) -> None:
+    """See that no budget, nor a sparsity that was `asked` for, contradicts what the method's settings fix."""
+    named = [f"{option} {text}" for option, text in wishes.items()] + asked * [f"--sparsity {part.sparsity:g}"]
+    if named:
+        raise RecipeError(
+            f"{part.method} removes {own:.4g} of the blocks by its settings, whatever {named[0]} says. Leave that out, "
+            "or use another method, such as shortgpt."
+        )
+
+
+def _size(block: Block) -> int:
+    return sum(info.size for info in block.infos)
 
 
 def number(option: str, text: str) -> int:

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from prunus import memory
+from prunus import memory, speedup
 from prunus.data.tokens import folder_positions
 from prunus.distributed import Processes
 from prunus.edits import apply
@@ -61,6 +61,9 @@ def prune(
 def _run(job: Job, progress: Progress, clock: Clock) -> dict[str, Any]:
     """Everything after the checks."""
     job.processes.on_first(lambda: guard.dense_reference(job.recipe, job.work, progress))
+    if job.recipe.prune.speedup is not None:
+        with clock("speedup"):
+            speedup.resolve(job, progress)
     output = Output(job)
     evidence = Evidence(job.stream, job.batches, job.work, progress, job.needs)
     if evidence.kinds:
@@ -112,9 +115,15 @@ def _publish(
         )
         if isinstance(job.method, Shape):
             result |= {"loads": output.loads, "shapes": {**result["shapes"], "parameters": output.parameters()}}
+        elif output.loads != "transformers":
+            result["loads"] = output.loads
     progress.advance("reloaded in a fresh process")
     if warning := guard.probe_warning(logits, job.probe.inputs.get("input_ids")):
         result["warnings"].append(warning)
+    if job.recipe.prune.speedup is not None:
+        with clock("speedup"):
+            result["speedup"] = speedup.measured(job, progress)
+        result["warnings"] += speedup.shortfall(result["speedup"])
     result["guard"] = guard.check_folder(job.recipe, job.work, job.work.checkpoint, progress)
     result["seconds"] = clock.read()
     result["peak_rss_bytes"] = memory.peak()

@@ -28,11 +28,13 @@ from prunus.methods.elementwise import Elementwise
 from prunus.methods.shape import Shape
 from prunus.models.checkpoint import Checkpoint
 from prunus.models.discover import find_blocks, uncovered
-from prunus.models.skeleton import parameter_count, skeleton
+from prunus.models.fitted import as_stored
+from prunus.models.skeleton import parameter_count
 from prunus.models.source import locate
 from prunus.models.weights import Weights
 from prunus.recipe import Recipe
 from prunus.sites import Block
+from prunus.statistics import ORDERED
 from prunus.stream import Batch, Stream
 from prunus.versions import decisive, versions
 from prunus.work import Work
@@ -190,10 +192,15 @@ def prepare(recipe: Recipe, out: Path, *, overwrite: bool, processes: Processes,
     work = Work(out)
     check_out(out, folder, overwrite or work.published)
     checkpoint = Checkpoint.open(folder)
-    model = skeleton(folder, dtype_of(recipe.dtype, device, checkpoint), recipe.trust_remote_code)
+    model = as_stored(checkpoint, dtype_of(recipe.dtype, device, checkpoint), recipe.trust_remote_code)
     blocks = sites_of(recipe, model, method)
     calibration = tokens_of(recipe, folder, model)
     needs = method.needs | allocation.needs
+    if processes.world > 1 and needs & ORDERED:
+        raise RecipeError(
+            f"The published sum of --compat reference depends on the order of the sequences, which {processes.world} "
+            "processes would share. Start one process, or leave --compat out."
+        )
     alone = bool(of_gradients(needs))
     batches = _batches(calibration, processes, alone)
     weights = Weights(model, checkpoint, device)

@@ -13,13 +13,15 @@ from torch import Tensor
 
 from prunus.capture import Inputs
 from prunus.card import model_card
-from prunus.errors import ModelError, PrunusError
+from prunus.errors import ModelError, PrunusError, RecipeError
 from prunus.job import Job
 from prunus.models.checkpoint import INDEX, Checkpoint
-from prunus.models.reshaped import in_step
+from prunus.models.fitted import is_fitted
+from prunus.models.modelling import ours
 from prunus.models.source import PICKLES
 from prunus.models.weights import Cut
 from prunus.shapes import settle
+from prunus.shapes.depth import without
 from prunus.sites import Block
 
 if TYPE_CHECKING:
@@ -48,7 +50,8 @@ class Output:
         self.rest = self._groups(self.weights.outside(self.blocks))
         self.count = len(self.blocks) + len(self.rest)
         self.dropped: frozenset[str] = frozenset()
-        self.loads = "transformers"
+        folder = self.job.checkpoint.folder
+        self.loads = "prunus" if is_fitted(folder) else "code" if ours(folder) else "transformers"
 
     def leave_out(self, dropped: frozenset[str]) -> None:
         """Blocks that are not written; the others are numbered anew."""
@@ -121,21 +124,22 @@ class Output:
         reshaped = any(report.get("kept") or report.get("ranks") for report in reports)
         if not self.dropped and not reshaped:
             return
-        folder = self.work.checkpoint
         gone: dict[str, set[int]] = {}
         for block in self.job.stream.blocks:
             if block.name in self.dropped:
                 gone.setdefault(block.tower, set()).add(block.index)
-        config, zeros, self.loads = in_step(self.job.checkpoint.folder, folder, gone, self.job.recipe.trust_remote_code)
-        if zeros:
-            self.work.write_tensors("checkpoint/model-biases.safetensors", zeros)
-            self._index(folder / "model-biases.safetensors")
-        self.work.write("checkpoint/config.json", config)
-        if self.loads == "prunus":
-            self.loads = self._own_code(folder)
+        dense = self.job.checkpoint.folder
+        self.work.write("checkpoint/config.json", without(dense, gone, self.job.recipe.trust_remote_code))
+        if reshaped or self.loads != "transformers":
+            self.loads = self._settled(self.work.checkpoint)
+        if self.job.recipe.prune.portable and self.loads != "transformers":
+            raise RecipeError(
+                "--portable: the blocks of the result differ, and no stock class holds them. Prune the dense model, or "
+                "leave --portable out: prunus export --portable can then fill narrower blocks up with zeros."
+            )
 
-    def _own_code(self, folder: Path) -> str:
-        """Lay the modelling file beside blocks that differ; where even that does not fit, prunus alone loads them."""
+    def _settled(self, folder: Path) -> str:
+        """Describe blocks that may differ; where even the modelling file does not fit, prunus alone loads them."""
         try:
             settled = settle(folder)
         except PrunusError as problem:

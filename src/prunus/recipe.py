@@ -152,6 +152,16 @@ class PrunePart(_Part):
     size: str | None = Field(
         default=None, description="bytes of weights that the result shall have, such as 80MB, instead of a sparsity"
     )
+    speedup: Annotated[float | None, BeforeValidator(_number)] = Field(
+        default=None,
+        gt=1,
+        allow_inf_nan=False,
+        description="how many times as fast as the dense model to decode on this machine (transformers), instead of a "
+        "sparsity",
+    )
+    portable: bool = Field(
+        default=False, description="all blocks of one shape that a stock class of transformers holds, or a refusal"
+    )
     round_to: Annotated[int | None, BeforeValidator(_number)] = Field(
         default=None, ge=1, description="keep neurons in multiples of this, which kernels like"
     )
@@ -345,6 +355,7 @@ class Recipe(_Part):
             allocation=prune.allocation,
             settings=dict(prune.settings) | ({} if prune.round_to is None else {"method.round_to": prune.round_to}),
             compat=prune.compat,
+            portable=prune.portable,
         )
 
 

@@ -9,6 +9,14 @@ from pydantic import ValidationError
 
 from prunus.errors import near
 
+# Keys of a JSON schema that bound a number, in words.
+_BOUNDS = (
+    ("minimum", "at least"),
+    ("exclusiveMinimum", "more than"),
+    ("exclusiveMaximum", "below"),
+    ("maximum", "at most"),
+)
+
 
 def explain(error: ValidationError, schema: Mapping[str, Any], source: str, names: Mapping[str, str]) -> str:
     """One sentence for each error, one to a line.
@@ -94,11 +102,7 @@ def _expected(node: Mapping[str, Any]) -> str:
     kinds = {"number": "a number", "integer": "a whole number", "boolean": "true or false", "array": "a list"}
     kinds |= {"object": "a mapping", "string": "text"}
     # Seeds reach up to 2**63: a bound that nobody meets would only make the sentence longer.
-    bounds = [
-        f"{word} {node[key]:g}"
-        for key, word in (("minimum", "at least"), ("exclusiveMaximum", "below"), ("maximum", "at most"))
-        if key in node and node[key] < 2**62
-    ]
+    bounds = [f"{word} {node[key]:g}" for key, word in _BOUNDS if key in node and node[key] < 2**62]
     return kinds.get(node.get("type", ""), "text") + (f" of {' and '.join(bounds)}" if bounds else "")
 
 

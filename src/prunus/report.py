@@ -37,6 +37,7 @@ def prune_text(result: Result) -> str:
     if result.get("shapes"):
         facts["checked"] = _checked(result.get("verify"), result.get("loads", "transformers"))
         facts["parameters"] = _parameters(result)
+        facts["speed"] = _speedup(result.get("speedup"))
     elif sparsity["wanted"] - sparsity["reached"] > 5e-4:
         facts["asked for"] = f"{percent(sparsity['wanted'])}; counts are rounded down in every row or group"
     parts = [head, pairs(facts), *_warnings(result.get("warnings")), buys(result)]
@@ -62,7 +63,9 @@ def plan_text(result: Result) -> str:
     """What would be touched, the budget, what is left alone, and what it would take."""
     sites, sparsity, disk = result["sites"], result["sparsity"], result["disk"]
     facts = {
-        "would remove": f"{percent(sparsity['wanted'])} of {sites['parameters']:,} weights",
+        "would remove": "what it takes"
+        if sparsity["wanted"] is None
+        else f"{percent(sparsity['wanted'])} of {sites['parameters']:,} weights",
         "from": f"{sites['count']:,} matrices in {len(result['blocks'])} blocks, which hold {percent(sites['share'])} "
         f"of the model's {result['parameters']:,} parameters",
         "method": method_line(result),
@@ -276,6 +279,23 @@ def _parameters(result: Result) -> str:
         unit = "whole ranks" if shapes.get("split") else "whole groups or blocks"
         text += f"; asked for {percent(sparsity['wanted'])} of the blocks, {unit} gave the nearest"
     return text
+
+
+def _speedup(found: Result | None) -> str:
+    """What was asked, what the stand-ins said to that, and what the result does."""
+    if not found:
+        return ""
+    trials = ", ".join(f"{percent(trial['share'])} gone: {trial['factor']:.2f} x" for trial in found["trials"])
+    share = percent(found["chosen"]["share"])
+    axes = ", ".join(f"{kept:,} of {whole:,} {kind}" for kind, (kept, whole) in found["chosen"]["axes"].items())
+    reached, rows = found["reached"], found["tokens_per_second"]
+    before, after = rows["dense"]["decode"], rows["result"]["decode"]
+    return (
+        f"asked for {found['wanted']:g} x; stand-ins ({trials}) said {share}, which leaves {axes}. The "
+        f"result decodes {reached['decode']:.2f} x as fast ({before:.1f} -> {after:.1f} tokens/s) and reads "
+        f"prompts {reached['prefill']:.2f} x as fast, in transformers, float32, on {found['threads']} "
+        f"thread{'s' * (found['threads'] > 1)}"
+    )
 
 
 def _checked(verify: Result | None, loads: str = "transformers") -> str:

@@ -15,7 +15,7 @@ from prunus.edits import Narrow, Split, bias_of, blank, narrow, revalue
 from prunus.errors import ModelError
 from prunus.evidence import Evidence, of_inputs
 from prunus.job import Job
-from prunus.methods.shape import Plan, Shape
+from prunus.methods.shape import Plan, Shape, Uneven
 from prunus.models.checkpoint import Checkpoint
 from prunus.models.pool import attach_pools, check_keep, close, fewer, per_expert
 from prunus.models.thin import INNER, OUTER, attach_thin, insert, refuse_split, split
@@ -24,6 +24,7 @@ from prunus.models.widths_of import NARROWED, attach_widths, difference
 from prunus.output import Output
 from prunus.progress import Progress
 from prunus.ranges import ranges, read_ranges
+from prunus.shapes.legal import Legal
 from prunus.sites import Block, Pool, SiteInfo, Width
 from prunus.stream import Step
 from prunus.survey import Survey
@@ -46,7 +47,10 @@ def decide(job: Job, method: Shape, output: Output, evidence: Evidence, progress
             job.warnings.extend(attach_thin(job.stream, job.probe))
         else:
             job.warnings.extend(attach_widths(job.stream, job.probe, method.touches))
-    survey = Survey(job.stream, job.batches, job.work, progress, evidence)
+    legal = None
+    if job.recipe.prune.portable and isinstance(method, Uneven):
+        legal = Legal(job.folder, job.stream.blocks, method.bias)
+    survey = Survey(job.stream, job.batches, job.work, progress, evidence, legal)
     plan = method.plan(survey, job.sparsity)
     job.stream.dropped = plan.dropped
     output.leave_out(plan.dropped)

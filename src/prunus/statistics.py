@@ -212,6 +212,10 @@ class RunningFluctuation(Counted):
         return [self._mean, self._sum, self._counts]
 
 
+# They depend on the order of the sequences, so that sums of parts of the text are not those of the whole.
+ORDERED: frozenset[type] = frozenset({RunningFluctuation})
+
+
 class Gram(Counted):
     """XᵀX: how the inputs of a site move together, the Hessian of its squared output error up to a factor.
 

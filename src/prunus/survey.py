@@ -19,6 +19,7 @@ from prunus.work import Work
 if TYPE_CHECKING:
     from prunus.methods.shape import Visit
     from prunus.models.checkpoint import Checkpoint
+    from prunus.shapes.legal import Legal
 
 Measure = Callable[[list[Matrix], Mapping[str, SiteStats]], Tensor]
 
@@ -32,8 +33,17 @@ class Survey:
         sites: all sites, in model order.
     """
 
-    def __init__(self, stream: Stream, batches: list[Batch], work: Work, progress: Progress, evidence: Evidence):
-        """Bind the parts; nothing is measured yet."""
+    def __init__(
+        self,
+        stream: Stream,
+        batches: list[Batch],
+        work: Work,
+        progress: Progress,
+        evidence: Evidence,
+        legal: Legal | None = None,
+    ):
+        """Bind the parts; nothing is measured yet. `legal` says which shapes the result may have, any unless given."""
+        self.legal = legal
         self.evidence = evidence
         self.stream = stream
         self.batches = batches
@@ -121,6 +131,10 @@ class Survey:
                 return self.stream.processes.on_first(lambda: measured(batches))
 
             yield {block.name: block.matrices() for block in self._blocks()}, losses
+
+    def refusal(self, heads: int | None) -> str:
+        """Why the result cannot have so many groups of heads in each block (None: as they are); empty if it can."""
+        return self.legal.refusal(heads) if self.legal else ""
 
     def recall(self, name: str) -> Any:
         """What `remember` kept under this name, also in an earlier, killed run; None if there is none."""

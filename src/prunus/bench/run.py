@@ -7,7 +7,7 @@ import os
 import statistics
 import subprocess
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -252,3 +252,32 @@ def _measure(
 def _vocabulary(folder: Path) -> int:
     config = read_config(folder)
     return int(config.get("vocab_size") or (config.get("text_config") or {}).get("vocab_size") or 256)
+
+
+def race(folders: Mapping[str, Path], kind: str, *, setup: Setup) -> dict[str, dict[str, float]]:
+    """Tokens a second of one engine on several folders, in turns: name -> phase -> median over the rounds.
+
+    Args:
+        folders: name -> model folder, as the engine takes it.
+        kind: a row of `KINDS`; of its variants the first.
+        setup: how much is measured.
+
+    Raises:
+        PrunusError: one of them does not load, or dies.
+    """
+    row = KINDS[kind]
+    variant = next(iter(row.variants.values()))
+    with ExitStack() as running:
+        engines = [
+            running.enter_context(_worker(name, row.module, folder, variant, setup.threads))
+            for name, folder in folders.items()
+        ]
+        lost: list[dict[str, str]] = []
+        vocabulary = min(_vocabulary(folder) for folder in folders.values())
+        rows = _measure(engines, setup, vocabulary, Silent(), lost)
+    if lost:
+        raise PrunusError(f"{lost[0]['engine']} could not be timed: {lost[0]['why']}")
+    found: dict[str, dict[str, float]] = {name: {} for name in folders}
+    for one in rows:
+        found[one["engine"]][one["phase"]] = one["tokens_per_second"]
+    return found

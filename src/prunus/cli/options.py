@@ -67,6 +67,18 @@ RECIPE: dict[str, OptionInfo] = {
         "smaller.",
     ),
     "size": option("--size BYTES", WHAT, "Bytes of weights that the result shall have, such as 80MB, likewise."),
+    "speedup": option(
+        "--speedup FACTOR",
+        WHAT,
+        "How many times as fast as the dense model the result shall decode, such as 1.3, likewise: in transformers, in "
+        "float32, on this machine. Stand-ins of smaller shapes are timed until one does; the result is timed again.",
+    ),
+    "portable": option(
+        "--portable",
+        WHAT,
+        "Give all blocks one shape that a stock class of transformers holds, so that every tool loads the result; for "
+        "methods that make tensors smaller. Where no class does, it is refused with what would.",
+    ),
     "round_to": option(
         "--round-to N", WHAT, "Keep neurons or ranks in multiples of N, such as 32, which kernels like. Default: 1."
     ),

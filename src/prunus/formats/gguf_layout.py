@@ -2,7 +2,7 @@
 
 What llama.cpp loads was read in its sources: `llama` takes one size throughout, with all biases; `deci` takes sizes per
 block. Both turn neighbouring pairs of rows by the rotary angle, where transformers turns halves, so the rows of q and k
-change places. `qwen3` and its mixture turn halves as transformers does.
+change places. `qwen3`, its mixture and `gemma3` turn halves as transformers does.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from prunus.errors import FormatError, RecipeError, near
+from prunus.formats import gguf_gemma
 from prunus.models.checkpoint import Checkpoint
 from prunus.models.discover import find_blocks
 from prunus.shapes.fit import BlockFit
@@ -30,26 +31,26 @@ class Family(NamedTuple):
         unequal: architecture for sizes per block; None if llama.cpp has none.
         pairs: whether the architecture turns neighbouring rows of q and k.
         experts: pattern of an expert's matrix on disk -> tensor of all experts in the file; empty without experts.
+        block: name inside a block -> name in the file.
+        activation: the one that llama.cpp computes.
+        offset: what it does not add to the weights of norms, and transformers does.
+        positions: metadata of positions and windows; notes what gets lost.
     """
 
     uniform: str
     unequal: str | None
     pairs: bool
     experts: dict[str, str]
+    block: dict[str, str]
+    activation: str
+    offset: float
+    positions: Callable[[Shapes, list[str]], dict[str, Any]]
 
 
 MIXTRAL = {"block_sparse_moe.experts.{}.w1": "ffn_gate_exps", "block_sparse_moe.experts.{}.w2": "ffn_down_exps",
            "block_sparse_moe.experts.{}.w3": "ffn_up_exps"}  # fmt: skip
 QWEN = {"mlp.experts.{}.gate_proj": "ffn_gate_exps", "mlp.experts.{}.down_proj": "ffn_down_exps",
         "mlp.experts.{}.up_proj": "ffn_up_exps"}  # fmt: skip
-FAMILIES = {
-    "llama": Family("llama", "deci", True, {}),
-    "mistral": Family("llama", "deci", True, {}),
-    "qwen2": Family("llama", "deci", True, {}),
-    "mixtral": Family("llama", None, True, MIXTRAL),
-    "qwen3": Family("qwen3", None, False, {}),
-    "qwen3_moe": Family("qwen3moe", None, False, QWEN),
-}
 # Name inside a block -> name in the file.
 BLOCK = {
     "input_layernorm": "attn_norm", "post_attention_layernorm": "ffn_norm", "self_attn.q_proj": "attn_q",
@@ -64,6 +65,34 @@ OUTSIDE = {"model.embed_tokens.weight": "token_embd.weight", "model.norm.weight"
 BIASES = {
     "llama": {"attn_q", "attn_k", "attn_v", "attn_output", "ffn_gate", "ffn_up", "ffn_down"},
     "deci": {"attn_q", "attn_k", "attn_v", "attn_output", "ffn_gate", "ffn_up", "ffn_down"},
+}
+
+
+def _plain_positions(shapes: Shapes, notes: list[str]) -> dict[str, Any]:
+    """One rotary base for all blocks; a window ends the context."""
+    config = shapes.config
+    window = getattr(config, "sliding_window", None) if getattr(config, "use_sliding_window", True) else None
+    keys = {"{arch}.rope.freq_base": float(config.rope_parameters["rope_theta"])}
+    if window and window < config.max_position_embeddings:
+        notes.append(f"The sliding window of {window} tokens has no place in the file; its context ends there instead.")
+        keys["{arch}.context_length"] = window
+    return keys
+
+
+def _like_llama(uniform: str, unequal: str | None, pairs: bool, experts: dict[str, str]) -> Family:
+    return Family(uniform, unequal, pairs, experts, BLOCK, "silu", 0.0, _plain_positions)
+
+
+FAMILIES = {
+    "llama": _like_llama("llama", "deci", True, {}),
+    "mistral": _like_llama("llama", "deci", True, {}),
+    "qwen2": _like_llama("llama", "deci", True, {}),
+    "mixtral": _like_llama("llama", None, True, MIXTRAL),
+    "qwen3": _like_llama("qwen3", None, False, {}),
+    "qwen3_moe": _like_llama("qwen3moe", None, False, QWEN),
+    "gemma3_text": Family(
+        "gemma3", None, False, {}, gguf_gemma.BLOCK, "gelu_pytorch_tanh", gguf_gemma.NORM_OFFSET, gguf_gemma.positions
+    ),
 }
 
 
@@ -127,7 +156,8 @@ def lay_out(shapes: Shapes) -> Layout:
     planner = _Planner(shapes, family, arch, checkpoint)
     notes: list[str] = []
     keys = _keys(shapes, family, notes)
-    tensors = [*_outside(shapes, checkpoint), *_rope(shapes), *planner.blocks()]
+    factors = _rope(shapes) if family.positions is _plain_positions else []
+    tensors = [*_outside(shapes, checkpoint, family), *factors, *planner.blocks()]
     weight = checkpoint.tensors[shapes.disk["model.embed_tokens.weight"]]
     return Layout(arch, keys, tensors, weight.dtype, notes)
 
@@ -139,19 +169,15 @@ def _keys(shapes: Shapes, family: Family, notes: list[str]) -> dict[str, Any]:
         RecipeError: the model does something that the architecture does not.
     """
     config = shapes.config
-    if getattr(config, "hidden_act", "silu") != "silu":
-        raise RecipeError(f"llama.cpp's {family.uniform} is fixed to SiLU, and this model uses {config.hidden_act}.")
-    context = config.max_position_embeddings
-    window = getattr(config, "sliding_window", None) if getattr(config, "use_sliding_window", True) else None
-    if window and window < context:
-        context = window
-        notes.append(f"The sliding window of {window} tokens has no place in the file; its context ends there instead.")
+    used = getattr(config, "hidden_act", None) or getattr(config, "hidden_activation", None) or family.activation
+    if used != family.activation:
+        raise RecipeError(f"llama.cpp's {family.uniform} is fixed to {family.activation}, and this model uses {used}.")
     widths = [shapes.fitter.width(fit.widths) for fit in shapes.fits]
     head = shapes.fitter.config.head_dim
     inner = [one.get("moe_intermediate_size", one["intermediate_size"]) for one in widths]
     keys = {
         "{arch}.block_count": len(widths),
-        "{arch}.context_length": context,
+        "{arch}.context_length": config.max_position_embeddings,
         "{arch}.embedding_length": config.hidden_size,
         "{arch}.feed_forward_length": _one([one["intermediate_size"] for one in widths]),
         "{arch}.attention.head_count": _one([one["num_attention_heads"] for one in widths]),
@@ -160,8 +186,8 @@ def _keys(shapes: Shapes, family: Family, notes: list[str]) -> dict[str, Any]:
         "{arch}.attention.key_length": head,
         "{arch}.attention.value_length": head,
         "{arch}.rope.dimension_count": head,
-        "{arch}.rope.freq_base": float(config.rope_parameters["rope_theta"]),
         "{arch}.vocab_size": config.vocab_size,
+        **family.positions(shapes, notes),
     }
     if family.experts:
         count = {one.get("num_local_experts", one.get("num_experts", 0)) for one in widths}
@@ -179,7 +205,7 @@ def _one(values: list[int]) -> int | list[int]:
     return values[0] if len(set(values)) == 1 else values
 
 
-def _outside(shapes: Shapes, checkpoint: Checkpoint) -> list[Entry]:
+def _outside(shapes: Shapes, checkpoint: Checkpoint, family: Family) -> list[Entry]:
     entries = []
     for name, stored in shapes.disk.items():
         if name.startswith(f"{shapes.blocks}."):
@@ -188,7 +214,9 @@ def _outside(shapes: Shapes, checkpoint: Checkpoint) -> list[Entry]:
             raise FormatError(f"{name} has no place in a GGUF file of this architecture; nothing was written.")
         if name == "lm_head.weight" and shapes.config.tie_word_embeddings:
             continue
-        entries.append(Entry(OUTSIDE[name], checkpoint.tensors[stored].shape, partial(_read, checkpoint, [stored])))
+        offset = family.offset if "norm" in name else 0.0
+        read = partial(_read, checkpoint, [stored], offset=offset)
+        entries.append(Entry(OUTSIDE[name], checkpoint.tensors[stored].shape, read))
     return entries
 
 
@@ -239,7 +267,7 @@ class _Planner:
             if ".experts." in disk:
                 continue
             module, _, last = disk.removeprefix(prefix).rpartition(".")
-            part = BLOCK.get(module)
+            part = self.family.block.get(module)
             known = part and (last == "weight" or part in BIASES.get(self.arch, ()))
             if not known or (self.family.experts and last == "bias"):
                 raise RecipeError(
@@ -247,7 +275,8 @@ class _Planner:
                     "carries it; a bias goes away if the model is pruned without bias compensation."
                 )
             turn = heads.get(str(part)) if self.family.pairs else None
-            read = partial(_read, self.checkpoint, [disk], turn)
+            offset = self.family.offset if "norm" in str(part) else 0.0
+            read = partial(_read, self.checkpoint, [disk], turn, offset)
             entries.append(Entry(f"blk.{index}.{part}.{last}", self.checkpoint.tensors[disk].shape, read))
         return entries
 
@@ -263,10 +292,11 @@ class _Planner:
         return entries
 
 
-def _read(checkpoint: Checkpoint, names: list[str], turn: int | None = None) -> Tensor:
-    """A tensor, or those of all experts stacked; `turn` heads have their rows put in pairs."""
+def _read(checkpoint: Checkpoint, names: list[str], turn: int | None = None, offset: float = 0.0) -> Tensor:
+    """A tensor, or those of all experts stacked; `turn` heads have their rows put in pairs; `offset` is added."""
     values = [value for _, value in checkpoint.read(names)]
     value = values[0] if len(values) == 1 and ".experts." not in names[0] else torch.stack(values)
+    value = value.float() + offset if offset else value
     return paired(value, turn) if turn else value
 
 

@@ -11,6 +11,7 @@ from pydantic import TypeAdapter, ValidationError
 from prunus.allocations import ALLOCATIONS, Allocation
 from prunus.errors import RecipeError, near
 from prunus.methods import METHODS, Elementwise, Shape
+from prunus.methods.shape import Uneven
 from prunus.metrics import METRICS
 from prunus.patterns import parse
 from prunus.updates import UPDATES
@@ -31,6 +32,7 @@ def compose(
     allocation: str = "uniform",
     settings: Mapping[str, Setting] | None = None,
     compat: Literal["exact", "reference"] = "exact",
+    portable: bool = False,
 ) -> tuple[Elementwise | Shape, Allocation]:
     """A method and an allocation, by name.
 
@@ -44,6 +46,7 @@ def compose(
         allocation: a key of `ALLOCATIONS`.
         settings: `axis.field` -> value, such as `{"update.block": 64}`; text is read as the type of the field.
         compat: `reference` makes every part follow the published code where that differs from what it promises.
+        portable: a method that may give blocks different shapes shall give all of them one.
 
     Raises:
         RecipeError: for an unknown name, setting or value, or if no part knows `compat="reference"`.
@@ -51,7 +54,13 @@ def compose(
     base = _look_up("method", method, METHODS)
     if isinstance(base, Shape):
         _refuse_axes(method, metric=metric, update=update, pattern=pattern, allocation=allocation)
-        return shaped(base, settings or {}, compat), ALLOCATIONS["uniform"]
+        made = shaped(base, settings or {}, compat)
+        return made.even() if portable and isinstance(made, Uneven) else made, ALLOCATIONS["uniform"]
+    if portable:
+        raise RecipeError(
+            f"--portable is about tensors that get smaller, and {method} only sets weights to zero: the result loads "
+            "wherever the model does. Leave it out."
+        )
     parts: dict[str, Any] = {
         "metric": base.metric if metric is None else _look_up("metric", metric, METRICS),
         "pattern": parse(pattern) or base.pattern,

@@ -52,6 +52,10 @@ class Blocks(Protocol):
         """The whole dense model in memory, and the losses of so many calibration samples."""
         ...
 
+    def refusal(self, heads: int | None) -> str:
+        """Why so many groups of heads in each block (None: as they are) cannot be; empty if they can."""
+        ...
+
     def recall(self, name: str) -> Any:
         """What `remember` kept under this name, also in an earlier, killed run; None if there is none."""
         ...
@@ -108,5 +112,36 @@ class Shape(Protocol):
             block: with its widths; not changed.
             stats: of its matrices, those in `gathers`.
             plan: what `plan` decided.
+        """
+        ...
+
+
+@runtime_checkable
+class Fixed(Protocol):
+    """A method whose own settings may say how much goes, so that no budget is asked for."""
+
+    def own_share(self, sizes: Sequence[int]) -> float | None:
+        """The share of the blocks that goes by its settings, in [0, 1); None: the sparsity decides.
+
+        Args:
+            sizes: weights in the matrices of each block.
+        """
+        ...
+
+
+@runtime_checkable
+class Uneven(Protocol):
+    """A method that may give blocks different shapes, and can also give all of them one that stock classes hold."""
+
+    @property
+    def bias(self) -> bool:
+        """Whether it gives biases to matrices."""
+        ...
+
+    def even(self) -> Shape:
+        """The same method, with one shape for all blocks.
+
+        Raises:
+            RecipeError: its settings ask for different ones.
         """
         ...

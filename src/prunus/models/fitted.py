@@ -24,6 +24,14 @@ def is_fitted(folder: Path) -> bool:
     return json.loads(record.read_text(encoding="utf-8")).get("result", {}).get("loads") == "prunus"
 
 
+def as_stored(checkpoint: Checkpoint, dtype: torch.dtype, trust_remote_code: bool = False) -> PreTrainedModel:
+    """`skeleton`, fitted to the tensors on disk where prunus alone has a place for them."""
+    model = skeleton(checkpoint.folder, dtype, trust_remote_code)
+    if is_fitted(checkpoint.folder):
+        fit(model, checkpoint)
+    return model
+
+
 def load_fitted(
     folder: Path, dtype: torch.dtype, device: torch.device, trust_remote_code: bool = False
 ) -> tuple[PreTrainedModel, list[str]]:

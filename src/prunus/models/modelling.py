@@ -1,6 +1,7 @@
 """The Python file that is put beside the weights of a model whose blocks differ, and the keys that it reads.
 
-It is written from one template, so that prunus can tell its own file from any other: byte for byte.
+It is written from a template, so that prunus can tell its own file from any other: byte for byte. A template that was
+released never changes; a better one gets the next number, and folders say which one they were written from.
 """
 
 from __future__ import annotations
@@ -12,9 +13,9 @@ from typing import Any
 
 FILE = "modeling_pruned.py"
 PREFIX = "pruned_"  # of `model_type`
-KEY = "pruned"  # of config.json: {"blocks": path, "biases": [...], "ranks": {matrix: rank}}
+KEY = "pruned"  # of config.json: {"template": number, "blocks": path, "biases": [...], "ranks": {matrix: rank}}
 
-TEMPLATE = '''"""{base} with every block at its own widths, as `per_layer_config` in config.json says.
+_FIRST = '''"""{base} with every block at its own widths, as `per_layer_config` in config.json says.
 
 Written by prunus. Nothing is overridden but the building of blocks: forward passes, cache and generation are those of
 transformers.
@@ -65,6 +66,8 @@ class Pruned{base}({base}):
 Pruned{config}.register_for_auto_class()
 Pruned{base}.register_for_auto_class("AutoModelForCausalLM")
 '''
+TEMPLATES = {1: _FIRST}
+NEWEST = max(TEMPLATES)
 
 # Put into the template where matrices were split; without it the file is what it was before there were any.
 FACTORS = """        for name, rank in shape["ranks"].items():
@@ -79,12 +82,17 @@ FACTORS = """        for name, rank in shape["ranks"].items():
 
 
 def source(config: dict[str, Any]) -> str:
-    """The file for a config.json made by `describe`."""
+    """The file for a config.json made by `describe`.
+
+    Raises:
+        KeyError: it names a template that this prunus does not know.
+    """
     base = str(config["architectures"][0]).removeprefix("Pruned")
     kind = str(config["model_type"]).removeprefix(PREFIX)
     settings = str(config["auto_map"]["AutoConfig"]).rpartition(".")[2].removeprefix("Pruned")
+    template = TEMPLATES[config[KEY].get("template", 1)]  # the first folders did not say
     factors = FACTORS if config[KEY].get("ranks") else ""
-    return TEMPLATE.format(base=base, config=settings, kind=kind, prefix=PREFIX, key=KEY, factors=factors)
+    return template.format(base=base, config=settings, kind=kind, prefix=PREFIX, key=KEY, factors=factors)
 
 
 def describe(
@@ -109,7 +117,7 @@ def describe(
             "AutoModelForCausalLM": f"{module}.Pruned{base}",
         },
         "per_layer_config": per_layer,
-        KEY: shape,
+        KEY: {"template": NEWEST, **shape},
     }
 
 

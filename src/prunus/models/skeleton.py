@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 import transformers
@@ -64,6 +66,20 @@ def read_config(folder: Path, trust_remote_code: bool = False) -> PreTrainedConf
                 "allow it with --trust-remote-code."
             ) from None
         raise ModelError(f"{folder}: config.json cannot be used: {reason[:300]}") from None
+
+
+def config_of(written: Mapping[str, Any]) -> PreTrainedConfig:
+    """The configuration of a class of transformers, from the values of a config.json.
+
+    Raises:
+        ModelError: transformers does not know the type.
+    """
+    values = dict(written)
+    kind = str(values.pop("model_type", ""))
+    try:
+        return AutoConfig.for_model(kind, **values)
+    except ValueError as error:
+        raise ModelError(f"transformers cannot build a configuration of the type {kind!r}: {error}") from None
 
 
 def _build(config: PreTrainedConfig, folder: Path, dtype: torch.dtype, trust_remote_code: bool) -> PreTrainedModel:

@@ -21,7 +21,8 @@ from prunus.errors import FormatError
 
 # Keys by which configurations set the widths of a block, the common names first.
 WIDTHS = (
-    *("num_attention_heads", "num_key_value_heads", "intermediate_size", "n_inner", "ffn_dim", "n_head"),
+    *("num_attention_heads", "num_key_value_heads", "intermediate_size", "n_inner", "ffn_dim", "n_head", "num_heads"),
+    "ffn_hidden_size",
     *("num_local_experts", "num_experts", "n_routed_experts", "moe_intermediate_size"),
     *("shared_expert_intermediate_size",),
 )
@@ -84,7 +85,7 @@ class Fitter:
         """Tensors of the block that transformers builds with these widths; empty if it refuses them."""
         try:
             return {name: tuple(value.shape) for name, value in self.build(index, widths).state_dict().items()}
-        except (ValueError, RuntimeError, ZeroDivisionError, AssertionError, StrictDataclassError):
+        except (ValueError, TypeError, RuntimeError, ZeroDivisionError, AssertionError, StrictDataclassError):
             return {}
 
     def width(self, widths: Mapping[str, int]) -> dict[str, int]:

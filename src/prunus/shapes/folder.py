@@ -3,22 +3,24 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 
 from prunus.errors import ModelError
 from prunus.models.checkpoint import Checkpoint
 from prunus.models.discover import find_blocks
 from prunus.models.modelling import plain
-from prunus.models.skeleton import skeleton_of
+from prunus.models.skeleton import config_of, skeleton_of
 from prunus.models.source import read_config
 from prunus.models.thin import multiplied, paired
 from prunus.models.weights import disk_targets
 from prunus.shapes.fit import BlockFit, Fitter
+from prunus.sites import Block
 
 EXPERT = re.compile(r"\.experts\.(\d+)\.")
 
@@ -30,7 +32,8 @@ class Shapes:
     Attributes:
         folder: the folder.
         written: config.json with the global sizes, of the stock class.
-        config: the same as an object.
+        part: the key in it under which the sizes of these blocks stand; empty: they stand at its top.
+        config: those sizes as an object.
         model: the class that it builds, on the meta device.
         blocks: dotted path of the list of blocks.
         fits: what makes each block differ.
@@ -41,6 +44,7 @@ class Shapes:
 
     folder: Path
     written: dict[str, Any]
+    part: str
     config: PreTrainedConfig
     model: PreTrainedModel
     blocks: str
@@ -91,33 +95,54 @@ class Shapes:
 
 
 def read_shapes(folder: Path) -> Shapes:
-    """Explain every block of a folder.
+    """Explain every block of a folder; of a model with several lists of blocks, those of the list that was narrowed.
 
     Raises:
-        ModelError: the model has more than one list of blocks.
+        ModelError: several lists of blocks differ from what the configuration says.
         FormatError: some block's tensors fit no widths of the configuration.
     """
     written = plain(read_config(folder))
-    kind = dict(written)
-    config = AutoConfig.for_model(kind.pop("model_type"), **kind)
-    model = skeleton_of(config, folder)
-    blocks = find_blocks(model)
-    towers = {block.tower for block in blocks}
-    if len(towers) != 1:
-        raise ModelError(f"{folder} has {len(towers)} lists of blocks; widths of such models cannot be recorded yet.")
-    fitter = Fitter(type(blocks[0].module), config)
+    whole = config_of(written)
+    model = skeleton_of(whole, folder)
     checkpoint = Checkpoint.open(folder)
     disk, stacks = _names(model, checkpoint)
     tensors = {name: checkpoint.tensors[stored].shape for name, stored in disk.items()}
     ranks = paired(tensors)
     tensors = multiplied(tensors, ranks, model)
+    blocks = _narrowed(folder, model, tensors)
+    part, config = _part(whole, blocks[0].tower)
+    fitter = Fitter(type(blocks[0].module), config)
     fits = []
     for block in blocks:
         prefix = f"{block.name}."
         own = {name.removeprefix(prefix): shape for name, shape in tensors.items() if name.startswith(prefix)}
         experts = {name.removeprefix(prefix): count for name, count in stacks.items() if name.startswith(prefix)}
         fits.append(fitter(block.name, block.index, own, experts))
-    return Shapes(folder, written, config, model, blocks[0].tower, fits, disk, fitter, ranks)
+    return Shapes(folder, written, part, config, model, blocks[0].tower, fits, disk, fitter, ranks)
+
+
+def _narrowed(folder: Path, model: PreTrainedModel, tensors: Mapping[str, tuple[int, ...]]) -> list[Block]:
+    """The blocks of the one tower whose tensors have other shapes than the model's; of the last one if none has."""
+    built = {name: tuple(value.shape) for name, value in model.state_dict().items()}
+    blocks = find_blocks(model)
+    towers = list(dict.fromkeys(block.tower for block in blocks))
+    odd = [tower for tower in towers if any(
+        built.get(name) != shape for name, shape in tensors.items() if name.startswith(f"{tower}.")
+    )]  # fmt: skip
+    if len(odd) > 1:
+        raise ModelError(f"{folder}: blocks of {' and '.join(odd)} were made smaller; one list of blocks can be.")
+    chosen = (odd or towers)[-1]
+    return [block for block in blocks if block.tower == chosen]
+
+
+def _part(whole: PreTrainedConfig, tower: str) -> tuple[str, PreTrainedConfig]:
+    """Where the sizes of a tower stand: in the part of the configuration that its path names, else in that of text."""
+    parts = {name: value for name, value in vars(whole).items() if isinstance(value, PreTrainedConfig)}
+    named = [name for name in parts if name.removesuffix("_config") in tower]
+    text = whole.get_text_config()
+    if named:
+        return named[0], parts[named[0]]
+    return next(((name, value) for name, value in parts.items() if value is text), ("", whole))
 
 
 def _names(model: PreTrainedModel, checkpoint: Checkpoint) -> tuple[dict[str, str], dict[str, int]]:

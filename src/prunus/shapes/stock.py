@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from huggingface_hub.errors import StrictDataclassError
-from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, PreTrainedConfig
 
-from prunus.errors import FormatError
+from prunus.errors import FormatError, ModelError
+from prunus.models.skeleton import config_of, skeleton_of
 from prunus.shapes.fit import Fitter, Shape
 from prunus.shapes.folder import Shapes
 
@@ -63,51 +63,46 @@ def find_stock(shapes: Shapes, widths: Mapping[str, int]) -> Stock:
 
 def _try(shapes: Shapes, kind: str, widths: Mapping[str, int]) -> Stock:
     own = shapes.written["model_type"]
-    written = _relabelled(shapes, kind) if kind != own else dict(shapes.written)
-    written |= widths
+    written = _relabelled(shapes, kind) if kind != own else copy.deepcopy(shapes.written)
+    sizes = written.setdefault(shapes.part, {}) if shapes.part else written
+    sizes |= widths
     head = getattr(shapes.fitter.config, "head_dim", None)
     if any("heads" in key for key in widths) and isinstance(head, int):
-        written["head_dim"] = head
+        sizes["head_dim"] = head
     needed = {f"{name}.bias" for fit in shapes.fits for name in fit.biases}
     reason = "it has no place for these biases"
-    for flags in _flags(written, kind):
+    for flags in _flags(sizes, shapes.config if kind == own else AutoConfig.for_model(kind)):
+        config = copy.deepcopy(written)
+        (config[shapes.part] if shapes.part else config).update(flags)
         try:
-            fitter = _fitter({**written, **flags})
-        except (ValueError, TypeError, RuntimeError, StrictDataclassError) as problem:
+            fitter = _fitter(shapes, config)
+        except (ModelError, ValueError, TypeError, RuntimeError, StrictDataclassError) as problem:
             reason = " ".join(str(problem).split()).rpartition("Error: ")[2].rstrip(".")[-200:]
             continue
         zeros = _zeros(shapes, fitter, needed)
         if zeros is not None:
             named = {f"{shapes.blocks}.{name}": shape for name, shape in zeros.items()}
-            return Stock({**written, **flags}, named, own if kind != own else None)
+            return Stock(config, named, own if kind != own else None)
     raise FormatError(reason)
 
 
-def _flags(written: Mapping[str, Any], kind: str) -> Iterator[dict[str, bool]]:
+def _flags(written: Mapping[str, Any], known: PreTrainedConfig) -> Iterator[dict[str, bool]]:
     """Ways to set the switches, fewest first; only those that the configuration's class knows."""
-    known = AutoConfig.for_model(kind)
     switches = [flag for flag in FLAGS if hasattr(known, flag) and not written.get(flag)]
     for count in range(len(switches) + 1):
         for chosen in itertools.combinations(switches, count):
             yield dict.fromkeys(chosen, True)
 
 
-def _fitter(written: Mapping[str, Any]) -> Fitter:
+def _fitter(shapes: Shapes, written: Mapping[str, Any]) -> Fitter:
     """Builds blocks of the configuration.
 
     Raises:
         ValueError: the class refuses the configuration.
     """
-    fields = dict(written)
-    config = AutoConfig.for_model(fields.pop("model_type"), **fields)
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config)
-    lists = [part for part in model.modules() if isinstance(part, nn.ModuleList) and len(part) == len(_all(config))]
-    return Fitter(type(lists[0][0]), config)
-
-
-def _all(config: Any) -> range:
-    return range(config.num_hidden_layers)
+    config = config_of(written)
+    blocks = skeleton_of(config, shapes.folder).get_submodule(shapes.blocks)
+    return Fitter(type(next(blocks.children())), getattr(config, shapes.part) if shapes.part else config)
 
 
 def _zeros(shapes: Shapes, fitter: Fitter, needed: set[str]) -> dict[str, Shape] | None:

@@ -51,7 +51,13 @@ def settle(folder: Path) -> dict[str, Any]:
 
 
 def own_class(shapes: Shapes) -> dict[str, Any]:
-    """config.json for the modelling file, with everything that makes blocks differ."""
+    """config.json for the modelling file, with everything that makes blocks differ.
+
+    Raises:
+        FormatError: the blocks are one part of a larger model.
+    """
+    if shapes.part:
+        raise FormatError(f"{shapes.blocks} is a part of a larger model, for which there is no modelling file.")
     written = {**shapes.written}
     head = getattr(shapes.fitter.config, "head_dim", None)
     if isinstance(head, int):

@@ -92,11 +92,17 @@ class Depth:
         towers = {block.tower for block in survey.blocks}
         if len(towers) > 1:
             raise RecipeError(f"Blocks are dropped from one tower; name it with --blocks: {', '.join(sorted(towers))}.")
-        free = blocks[self.first : len(blocks) - self.last]
-        count = self._count(blocks, free, self.share or sparsity)
+        free = blocks[self.first : max(self.first, len(blocks) - self.last)]
+        count = self._count(blocks, free, sparsity)
         if not count:
             return Plan()
         return Plan(dropped=frozenset(self.ranking.order(survey, free, count)[:count]))
+
+    def own_share(self, sizes: Sequence[int]) -> float | None:
+        """See `prunus.methods.shape.Fixed`."""
+        if self.keep:
+            return 1 - min(self.keep, len(sizes)) / len(sizes)
+        return self.share or None
 
     def narrow(self, block: Block, stats: Mapping[str, SiteStats], plan: Plan) -> list[Narrow]:
         """Nothing: what stays is not touched."""

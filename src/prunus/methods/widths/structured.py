@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 import torch
@@ -17,7 +17,9 @@ from prunus.methods.widths.scores import Fluctuation, Score
 from prunus.methods.widths.structures import (
     Structure,
     adaptive,
+    check_even,
     check_heads,
+    chosen,
     grouped,
     highest,
     reachable,
@@ -95,20 +97,29 @@ class Structured:
     def check(self, info: SiteInfo) -> None:
         """Any matrix will do: shapes are no matter of a pattern."""
 
+    def even(self) -> Structured:
+        """See `prunus.methods.shape.Uneven`."""
+        check_even(self)
+        alike: dict[Structure, Structure] = {"AL-AM": "UL-UM", "AL-MM": "UL-MM"}
+        return replace(self, structure=alike.get(self.structure, self.structure))
+
     def plan(self, survey: Blocks, sparsity: float) -> Plan:
         """Masks of all widths, or for sequential uniform cuts only their counts.
 
         Raises:
             RecipeError: the sparsity cannot be reached with these widths.
         """
-        widths = self._widths(survey)
+        widths = chosen(survey, self)
         alike, published = not self.structure.startswith("AL"), self.compat == "reference"
         target = reachable(survey, widths, sparsity, self)
         # The published codes take the share of each block that is cut; ours is of all blocks.
         share = sparsity if published else target / sum(int(width.weights.sum()) for width in widths)
         if self.heads:
             check_heads(widths, self.heads)
-        counts = uniform_counts(widths, target, share, self.heads, self.structure, self.compat) if alike else {}
+        counts = {}
+        if alike:
+            how = (self.heads, self.structure, self.compat, survey.refusal)
+            counts = uniform_counts(widths, target, share, *how)
         counts = {name: self._rounded(widths, name, count) for name, count in counts.items()}
         if alike and self.sequential:
             return Plan(count=counts)
@@ -139,10 +150,6 @@ class Structured:
             if not bool(keep.all()):
                 edits.append(Narrow(width.name, keep, biases=self._bias(width, matrices, keep, means)))
         return edits
-
-    def _widths(self, survey: Blocks) -> list[Width]:
-        chosen = survey.blocks[self.first : len(survey.blocks) - self.last]
-        return [width for block in chosen for width in block.widths]
 
     def _rounded(self, widths: list[Width], name: str, count: int) -> int:
         return to_multiple(self._named(widths, name), count, self.round_to)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Literal, Protocol
 
 import torch
@@ -12,6 +12,8 @@ from prunus.errors import RecipeError
 from prunus.methods.shape import Blocks
 from prunus.sites import Kind, Width
 
+# `refusal(groups of heads in each block, None: as they are) -> why they cannot be, or nothing`.
+Refusal = Callable[[int | None], str]
 Structure = Literal["UL-UM", "UL-MM", "AL-MM", "AL-AM", "local"]
 
 
@@ -34,6 +36,12 @@ class Part(Protocol):
         ...
 
 
+def chosen(survey: Blocks, part: Part) -> list[Width]:
+    """The widths of all blocks but those that are left alone."""
+    blocks = survey.blocks
+    return [width for block in blocks[part.first : max(part.first, len(blocks) - part.last)] for width in block.widths]
+
+
 def reachable(survey: Blocks, widths: Sequence[Width], sparsity: float, part: Part) -> int:
     """How many weights are to go: the share of all matrices of all blocks.
 
@@ -49,7 +57,7 @@ def reachable(survey: Blocks, widths: Sequence[Width], sparsity: float, part: Pa
     size = sum(info.size for block in survey.blocks for info in block.infos)
     most = sum(int(width.weights.sum() - width.weights.min()) for width in widths)
     target = round(sparsity * size)
-    if target > most:
+    if target > most or not widths:
         spared = f" (the first {part.first} and last {part.last} blocks left alone)" if part.first or part.last else ""
         raise RecipeError(
             f"A sparsity of {sparsity:g} cannot be reached by removing {' and '.join(part.touches)}{spared}: at most "
@@ -88,8 +96,61 @@ def highest(scores: Tensor, count: int) -> Tensor:
     return keep
 
 
+def check_even(part: Part) -> None:
+    """See that no block is left alone, which would give it another shape.
+
+    Raises:
+        RecipeError: some are.
+    """
+    if part.first or part.last:
+        raise RecipeError(
+            f"--portable gives all blocks one shape, and the first {part.first} and last {part.last} are left alone. "
+            "--set method.first=0 --set method.last=0 prunes them too; without --portable, prunus export --portable "
+            "can fill the others up with zeros, at no gain in speed."
+        )
+
+
+def allowed(widths: Sequence[Width], target: int, count: int, refusal: Refusal, fixed: bool) -> int:
+    """The number of groups of heads nearest to `count` that every block may keep, and that neurons can make up for.
+
+    Args:
+        widths: all that may be narrowed; all blocks have equal ones where anything is refused.
+        target: weights to remove.
+        count: wanted.
+        refusal: why a number cannot be; empty if it can.
+        fixed: no other number will do.
+
+    Raises:
+        RecipeError: no number can be; says why.
+    """
+    of_heads = [width for width in widths if width.kind == "heads"]
+    whole = sum(_cost(width) * width.groups for width in widths if width.kind == "neurons")
+    reasons = {}
+    groups = of_heads[0].groups
+    # Of two equally near ones the larger: heads are worth more.
+    for left in sorted(range(1, groups + 1), key=lambda left: (abs(left - count), -left)):
+        spent = sum(_cost(width) * (groups - left) for width in of_heads)
+        possible = not whole or 0 <= target - spent < whole
+        if possible and not reasons.setdefault(left, refusal(left)):
+            return left
+        if fixed:
+            break
+    reason = reasons.get(count) or next(iter(reasons.values()), "none of them reaches the sparsity")
+    raise RecipeError(
+        f"--portable: no stock class holds {count} of {groups} groups of heads in each block ({reason}). What would: "
+        "--set method.kinds=neurons, or --set method.bias=false where biases are the reason; without --portable the "
+        "result loads with its own modelling file, which costs trust_remote_code=True."
+    )
+
+
 def uniform_counts(
-    widths: Sequence[Width], target: int, sparsity: float, heads: int, structure: Structure, compat: str
+    widths: Sequence[Width],
+    target: int,
+    sparsity: float,
+    heads: int,
+    structure: Structure,
+    compat: str,
+    refusal: Refusal = lambda heads: "",
 ) -> dict[str, int]:
     """How many groups of each width stay when all blocks are treated alike.
 
@@ -101,6 +162,7 @@ def uniform_counts(
         structure: `UL-UM`, `UL-MM` or `local`.
         compat: `reference`: int(share·groups) of both kinds (or what LLM-Pruner makes of it, `local`), however much
             less than the target that removes; `exact`: the same for heads, and as many neurons as fill up the target.
+        refusal: why a number of groups of heads cannot be; the nearest that can is taken.
 
     Raises:
         RecipeError: the heads alone exceed the target, or too few neurons are left to fill it.
@@ -111,6 +173,11 @@ def uniform_counts(
     for width in of_heads:
         gone = heads // len(of_heads) if structure == "UL-MM" else _published(width, sparsity, structure)
         counts[width.name] = _left(width, gone)
+    if of_heads and refusal(counts[of_heads[0].name]):
+        wanted = counts[of_heads[0].name]
+        counts = dict.fromkeys(counts, allowed(widths, target, wanted, refusal, structure == "UL-MM"))
+    if not of_heads and (reason := refusal(None)):
+        raise RecipeError(f"--portable: no stock class holds the result ({reason}). --set method.bias=false may do.")
     if structure != "UL-MM" and (compat == "reference" or not neurons):
         return counts | {width.name: _left(width, _published(width, sparsity, structure)) for width in neurons}
     by_name = {width.name: width for width in widths}
@@ -189,7 +256,11 @@ def _pooled(widths: Sequence[Width], scores: Mapping[str, Tensor], target: int, 
 
 
 def _fitting(order: Tensor, costs: Tensor, room: int) -> Tensor:
-    """Groups that stay: in this order as long as they fit, and behind the first that does not, those that still do."""
+    """Groups that stay: in this order as long as they fit, and behind the first that does not, those that still do.
+
+    So heads at the threshold that do not fit make way for neurons below it, at most as many as they cost: the budget is
+    met to the price of a neuron, and shares that are compared are equal.
+    """
     prices = costs[order].tolist()
     kept = []
     for group, price in zip(order.tolist(), prices, strict=True):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -14,7 +14,7 @@ from prunus.errors import RecipeError
 from prunus.factor import check_damp
 from prunus.methods.shape import Blocks, Plan
 from prunus.methods.widths.elimination import eliminate, refit
-from prunus.methods.widths.structures import adaptive, reachable, to_multiple, uniform_counts
+from prunus.methods.widths.structures import adaptive, check_even, chosen, reachable, to_multiple, uniform_counts
 from prunus.sites import Block, Kind, Matrix, SiteInfo, Width
 from prunus.statistics import Gram, SiteStats
 from prunus.stream import Step
@@ -74,18 +74,28 @@ class Surgeon:
     def check(self, info: SiteInfo) -> None:
         """Any matrix will do."""
 
+    @property
+    def bias(self) -> bool:
+        """It makes none."""
+        return False
+
+    def even(self) -> Surgeon:
+        """See `prunus.methods.shape.Uneven`."""
+        check_even(self)
+        return replace(self, structure="uniform")
+
     def plan(self, survey: Blocks, sparsity: float) -> Plan:
         """How many groups of each width stay.
 
         Raises:
             RecipeError: the sparsity cannot be reached with these widths.
         """
-        chosen = survey.blocks[self.first : len(survey.blocks) - self.last]
-        widths = [width for block in chosen for width in block.widths]
+        widths = chosen(survey, self)
         target = reachable(survey, widths, sparsity, self)
         if self.structure == "uniform":
             share = target / sum(int(width.weights.sum()) for width in widths)
-            return self._plan(widths, uniform_counts(widths, target, share, 0, "UL-UM", "exact"))
+            counts = uniform_counts(widths, target, share, 0, "UL-UM", "exact", survey.refusal)
+            return self._plan(widths, counts)
         found = survey.visit(self._prices, self.needs)
         prices: dict[str, Tensor] = {}
         for block in survey.blocks:
@@ -132,11 +142,21 @@ class Surgeon:
         return prices
 
     def _hessian(self, stats: SiteStats) -> Tensor:
-        """Damped, `[in, in]`; inputs that never fire get a one."""
+        """Damped, float64 `[in, in]`; inputs that never fire get a one.
+
+        Raises:
+            RecipeError: it is not positive definite.
+        """
         hessian = stats[Gram].hessian.double()
         diagonal = hessian.diagonal()
-        damping = self.damp * diagonal.mean()
-        diagonal.add_(damping if float(damping) > 0 else 1.0)
+        dead = diagonal == 0
+        diagonal.add_(self.damp * diagonal.mean())
+        diagonal[dead] = 1.0
+        if int(torch.linalg.cholesky_ex(hessian).info):
+            raise RecipeError(
+                f"{stats.site}: the Hessian is not positive definite with method.damp {self.damp:g}. Ask for more with "
+                f"--set method.damp={max(10 * self.damp, 0.01):g}, or use more calibration samples."
+            )
         return hessian
 
     def _groups(self, width: Width, weight: Tensor) -> Tensor:
