@@ -69,5 +69,9 @@ KINDS: dict[str, Kind] = {
         "llama_cpp", LLAMA, dense=True,
         plainer={f"llama.cpp-{kind}": (f"{kind} plain", PLAIN) for kind in ("q8_0", "q4_0")},
     ),
+    "llama.cpp-k": Kind(
+        "prunus.bench.llama", {"llama.cpp-q3_k": "q3_k", "llama.cpp-q2_k": "q2_k"}, "llama_cpp", LLAMA, dense=True,
+        plainer={f"llama.cpp-{kind}": (f"{kind} plain", PLAIN) for kind in ("q3_k", "q2_k")},
+    ),
 }  # fmt: skip
 DEFAULT = ("hf-fp32", "hf-bf16", "dense-int8", "llama.cpp")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,12 +20,13 @@ class Run:
     Attributes:
         name: in tables and legends.
         recipe: resolved.
-        status: done, collapsed or failed.
-        why: for the last two, or what the evaluation noted.
+        status: done, collapsed, failed, or open: of a comparison that has not come to it yet.
+        why: for the last three, or what the evaluation noted.
         prune: what `prune` returned.
         evaluate: what `evaluate` returned, the dense model's under `baseline`.
         bench: sizes and speeds that a benchmark left, by name.
         fingerprint: hashes of what the run depended on.
+        shown: the dense model's name where its own would mean two models.
     """
 
     name: str
@@ -36,6 +37,7 @@ class Run:
     evaluate: Data = field(default_factory=dict)
     bench: Data = field(default_factory=dict)
     fingerprint: Data = field(default_factory=dict)
+    shown: str = ""
 
     @property
     def part(self) -> Data:
@@ -45,7 +47,13 @@ class Run:
     @property
     def model(self) -> str:
         """The dense model, of a path the last part."""
-        return Path(str(self.recipe.get("model", "?"))).name
+        return self.shown or Path(str(self.recipe.get("model", "?"))).name
+
+    @property
+    def asked(self) -> tuple[str, ...]:
+        """What must be equal for two perplexities of one model to compare: model, text, windows and length."""
+        found = self.evaluate
+        return (str(self.recipe.get("model")), *(str(found.get(key)) for key in ("text", "windows", "length")))
 
     @property
     def dense(self) -> Data:
@@ -106,9 +114,24 @@ def gather(folders: Sequence[Path]) -> list[Run]:
                 f"{folder} holds neither prunus.json nor comparison.json; give a folder that `prunus prune`, `prunus "
                 "run` or `prunus compare` made."
             )
-    if not runs:
+    if all(run.status == "open" for run in runs):
         raise RecipeError(f"{folders[0]} holds no finished row yet; run the comparison first.")
-    return runs
+    return told_apart(runs)
+
+
+def told_apart(runs: Sequence[Run]) -> list[Run]:
+    """The same runs; models of different places that end alike get numbers: `out (1)`, `out (2)`."""
+    places: dict[str, list[str]] = {}
+    for run in runs:
+        same = places.setdefault(run.model, [])
+        if str(run.recipe.get("model")) not in same:
+            same.append(str(run.recipe.get("model")))
+
+    def shown(run: Run) -> str:
+        same = places[run.model]
+        return f"{run.model} ({same.index(str(run.recipe.get('model'))) + 1})" if len(same) > 1 else ""
+
+    return [replace(run, shown=shown(run)) for run in runs]
 
 
 def of_folder(folder: Path) -> Run:
@@ -124,12 +147,17 @@ def of_folder(folder: Path) -> Run:
 
 
 def of_comparison(folder: Path) -> list[Run]:
-    """The rows of a comparison, those that failed too."""
+    """The rows of a comparison as it was last asked for, those that failed or are still to come too."""
     runs = []
     for row in read(folder / "comparison.json").get("rows", ()):
         place = folder / "runs" / str(row["name"])
         found = read(place / "result.json")
-        if not found:
+        if row.get("failed"):
+            runs.append(Run(str(row["name"]), _mapping(row, "recipe"), "failed", str(row["failed"])))
+            continue
+        if not found or row.get("key", found.get("key")) != found.get("key"):
+            # Nothing, or what another recipe or version left in a folder of this name.
+            runs.append(Run(str(row["name"]), _mapping(row, "recipe"), "open", "not made yet; compare again"))
             continue
         evaluated = found.get("evaluate") or {}
         why = found.get("why") or "; ".join(str(note) for note in evaluated.get("notes", ()))
