@@ -186,6 +186,25 @@ def test_failed_stale_and_coming_rows_of_a_comparison_are_shown_as_such(comparis
         gather([tmp_path])
 
 
+def test_a_recovered_folder_is_shown_with_how_it_was_pruned_and_recovered(tmp_path: Path) -> None:
+    one = row("", "ria", 0.5, 12.0)
+    before = {"recipe": one["recipe"], "result": one["prune"]}
+    after = {
+        "recipe": {"model": "out", "prune": {"method": "wanda"}, "recover": {"method": "masklora"}},
+        "result": {"method": "masklora", "objective": "text", "sparsity": 0.5, "size": {"out_bytes": 10**6}},
+        "pruned": before,
+    }
+    for name, record in (("once", after), ("twice", {**after, "pruned": after}), ("foreign", {**after, "pruned": {}})):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "prunus.json").write_text(json.dumps(record))
+    once, twice, foreign = gather([tmp_path / name for name in ("once", "twice", "foreign")])
+    assert (once.model, once.series, once.reached) == ("tiny", "ria + masklora", 0.5)
+    assert twice.series == "ria + masklora + masklora"
+    assert (foreign.model, foreign.series) == ("out", "? + masklora")
+    assert once.blocks and not any("error" in block for block in once.blocks)
+    assert "ria + masklora" in page([once])
+
+
 def test_a_folder_without_a_run_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(RecipeError, match=r"neither prunus\.json nor comparison\.json"):
         gather([tmp_path])

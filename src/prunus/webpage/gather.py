@@ -94,6 +94,7 @@ class Run:
         words += [str(part[key]) for key in ("metric", "update") if part.get(key)]
         words += [str(part["pattern"])] if ":" in str(part.get("pattern", "")) else []
         words += [str(part["allocation"])] if part.get("allocation", "uniform") != "uniform" else []
+        words += list(self.prune.get("recovered", ()))
         return " + ".join(words)
 
 
@@ -138,12 +139,29 @@ def of_folder(folder: Path) -> Run:
     """A pruned model with what lies beside it."""
     record = read(folder / "prunus.json")
     evaluated = read(folder / "evaluation.json").get("result") or {}
-    recipe, result = _mapping(record, "recipe"), _mapping(record, "result")
+    recipe, result = _made(record)
     notes = "; ".join(str(note) for note in evaluated.get("notes", ()))
     return Run(
         folder.resolve().name, recipe, "done", notes, result, evaluated, read(folder / "bench.json"),
         _mapping(record, "fingerprint"),
     )  # fmt: skip
+
+
+def _made(record: Data) -> tuple[Data, Data]:
+    """Recipe and result of a record; of a recovered folder those of the pruning, with what the recovery changed."""
+    recipe, result = _mapping(record, "recipe"), _mapping(record, "result")
+    if "pruned" not in record:
+        return recipe, result
+    first, before = _made(_mapping(record, "pruned"))
+    reached = result.get("sparsity")
+    blocks = [{key: block[key] for key in ("name", "sparsity")} for block in before.get("blocks") or ()]
+    shares = {"sparsity": {"reached": reached if isinstance(reached, float) else None}}
+    size = {"size": {**_mapping(before, "size"), **_mapping(result, "size")}}
+    # Errors by block are of the pruned blocks; their sparsity is still theirs.
+    found = {**before, **result, **shares, **size, "blocks": blocks}
+    found["recovered"] = [*before.get("recovered", ()), str(result.get("method", "?"))]
+    own = {"recover": recipe.get("recover")}
+    return ({**first, **own} if first else {**recipe, "prune": {}}), found
 
 
 def of_comparison(folder: Path) -> list[Run]:
