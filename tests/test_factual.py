@@ -75,7 +75,7 @@ def test_plain_scores_are_the_models_own_log_likelihoods(data: Path) -> None:
 
 
 def test_six_answered_questions_stand_before_those_of_truthfulqa_unless_left_out(
-    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (published,) = read_items("truthfulqa", data)
     assert published.prefix.count("Q: ") == 7 and published.prefix.count("\nA: ") == 6
@@ -83,15 +83,14 @@ def test_six_answered_questions_stand_before_those_of_truthfulqa_unless_left_out
     assert published.prefix.endswith(f"Barcelona, Spain.\n\nQ: {TRUTHFUL['question']}\nA:")
     assert read_items("factor_news", data)[0].prefix == FACTOR["full_prefix"].strip()
     words = ["score", str(MODEL), "--task", "truthfulqa", "--task-data", str(data), "--json", "-q"]
-    assert main(words) == 1  # its context holds 512 tokens; said before anything is scored
-    assert "--preamble none" in " ".join(capsys.readouterr().err.split())
     (tmp_path / "own.txt").write_text("Q: Who?\nA: Lily.\n", "utf-8")
     found = {}
-    for word in ("none", str(tmp_path / "own.txt")):
-        assert main([*words, "--preamble", word]) == 0
+    for more in ([], ["--preamble", "none"], ["--preamble", str(tmp_path / "own.txt")]):
+        assert main([*words, *more]) == 0
         result = json.loads(capsys.readouterr().out)
         found[result["preamble"]] = result["plain"]["mc2"]["mean"]
-    assert set(found) == {"none", "own"} and found["none"] != found["own"]
+    assert set(found) == {"published", "none", "own"}
+    assert len(set(found.values())) == 3
 
 
 def test_lines_end_where_they_end(tmp_path: Path) -> None:

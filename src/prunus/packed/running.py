@@ -32,9 +32,13 @@ TAKEN = (
     *("suppress_tokens", "eos_token_id", "pad_token_id", "streamer", "generator"),
 )
 FIXED = {"num_beams": 1, "num_return_sequences": 1, "use_cache": True, "return_dict_in_generate": False}
-# Of a generation config: what says how transformers computes, not what; no token depends on it here.
-IDLE = ("bos_token_id", "cache_implementation", "cache_config", "compile_config", "disable_compile", "use_cache",
-        "transformers_version")  # fmt: skip
+# Of a generation config: what no token of a single greedy or drawn text depends on, such as the settings of beams.
+IDLE = (
+    *("bos_token_id", "decoder_start_token_id", "transformers_version", "use_cache", "cache_implementation"),
+    *("cache_config", "compile_config", "disable_compile", "length_penalty", "early_stopping", "diversity_penalty"),
+    *("num_beam_groups",),
+)
+ONE = ("typical_p", "encoder_repetition_penalty")  # that do nothing where they are 1; the rest where they are 0 or none
 
 
 class PackedModel:
@@ -134,15 +138,10 @@ class PackedModel:
         Raises:
             RecipeError: the config asks for something that this engine lacks and the call does not take it back.
         """
-        usual = GenerationConfig().to_dict()
-        own = {
-            key: value
-            for key, value in self.generation_config.to_dict().items()
-            if value is not None and value != usual.get(key) and not key.startswith("_") and key not in IDLE
-        }
-        given = own | options
+        given = {name: value for name, value in self.generation_config.to_dict().items() if value is not None} | options
         for key, value in given.items():
-            if key not in TAKEN and value is not None and value != FIXED.get(key, ...) and value != usual.get(key, ...):
+            nothing = not value or value == FIXED.get(key, 1.0 if key in ONE else None)
+            if not (nothing or key in TAKEN or key in IDLE or key.startswith("_")):
                 raise RecipeError(
                     f"The model's generation_config.json asks for {key}={value!r}, which the packed engine does not "
                     f"do. Take {key} out of the file, or generate with transformers."
