@@ -29,6 +29,7 @@ from prunus.bench.llama import prepare
 from prunus.bench.run import Setup, bench
 from prunus.data.reading import read
 from prunus.errors import PrunusError
+from prunus.evaluation.perplexity import evaluate
 from prunus.evaluation.windows import cut
 from prunus.formats.llama_run import run_llama
 from prunus.models.source import locate
@@ -120,7 +121,7 @@ def packed_rows(source: Path, given: argparse.Namespace, rows: Rows, text: dict[
 
 def packed_row(folder: Path, kind: str, given: argparse.Namespace, text: dict[str, Any]) -> dict[str, Any]:
     """Numbers of a packed folder."""
-    judged = prunus.evaluate(folder, engine="packed", **text)
+    judged = evaluate(folder, engine="packed", **text)
     found = decoding(bench(folder, against=["dense-int8"], setup=setup(given)))
     engine = next(name for name in found if name.startswith("packed-"))
     return {"perplexity": judged["perplexity"], "file_bytes": tensors_bytes(folder), **timed(found, engine)}
@@ -149,14 +150,14 @@ def dense_rows(source: Path, given: argparse.Namespace, rows: Rows, text: dict[s
 
 def transformers(source: Path, given: argparse.Namespace, text: dict[str, Any], kind: str) -> dict[str, Any]:
     """The model as it is."""
-    return {"perplexity": prunus.evaluate(source, **text)["perplexity"], "file_bytes": tensors_bytes(source)}
+    return {"perplexity": evaluate(source, **text)["perplexity"], "file_bytes": tensors_bytes(source)}
 
 
 def dense_int8(source: Path, given: argparse.Namespace, text: dict[str, Any], kind: str) -> dict[str, Any]:
     """The same rounding as of packed int8, with no weight left out: perplexity by the packed engine."""
     folder = given.folder / "dense-int8"
     prunus.export(source, folder, format="packed", type="int8", overwrite=True)
-    judged = prunus.evaluate(folder, engine="packed", **text)
+    judged = evaluate(folder, engine="packed", **text)
     shutil.rmtree(folder)
     # Without a bitmap: one byte for each weight and a float16 scale for 128, as the loop holds it and the bench says.
     return {"perplexity": judged["perplexity"]}
