@@ -97,7 +97,8 @@ def main() -> None:
         "model": given.model, "layers": layers, "tokens": given.tokens, "rounds": given.rounds,
         "threads": given.threads, "seconds": {name: statistics.median(values) for name, values in found.items()},
         "lowest": {name: min(values) for name, values in found.items()}, "ratios": ratios,
-        "overhead": statistics.median(ratios) - 1, "cpu_overhead": statistics.median(works) - 1, "processor": platform.processor(), "versions": decisive(),
+        "overhead": statistics.median(ratios) - 1, "cpu_overhead": statistics.median(works) - 1,
+        "processor": platform.processor(), "versions": decisive(),
     }  # fmt: skip
     given.out.write_text(json.dumps(record, indent=1) + "\n", "utf-8")
     lowest = {name: min(values) for name, values in cpus.items()}

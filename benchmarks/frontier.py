@@ -116,7 +116,8 @@ def packed_rows(source: Path, given: argparse.Namespace, rows: Rows, text: dict[
                 row = {"group": f"{kind}, {pattern}", "sparsity": sparsity, "values": kind, "pattern": pattern}
                 row |= packed_row(packed, kind, given, text)
                 rows.add(f"{100 * sparsity:g} % {pattern}, {kind}", row)
-            shutil.rmtree(packed), shutil.rmtree(pruned)
+            shutil.rmtree(packed)
+            shutil.rmtree(pruned)
 
 
 def packed_row(folder: Path, kind: str, given: argparse.Namespace, text: dict[str, Any]) -> dict[str, Any]:
@@ -138,6 +139,8 @@ def dense_rows(source: Path, given: argparse.Namespace, rows: Rows, text: dict[s
     for name, engine in names.items():
         if rows.has(name):
             continue
+        if engine == "dense-int8" and engine not in found:
+            raise SystemExit("The dense int8 loop, beside which all is measured, did not run; see `prunus doctor`.")
         group = "llama.cpp, dense" if name.startswith("llama.cpp") else name
         try:
             row = MADE.get(engine, gguf)(source, given, text, engine.removeprefix("llama.cpp-"))
