@@ -214,6 +214,7 @@ def plot(given: argparse.Namespace) -> None:
     mpl.use("svg")
     mpl.rcParams |= {"svg.hashsalt": "frontier", "svg.fonttype": "none", "font.size": 9, "axes.spines.top": False}
     from matplotlib.figure import Figure
+    from matplotlib.ticker import FuncFormatter
 
     rows = [row for row in read_rows(given.results) if row["model"] == given.model]
     if not rows:
@@ -227,12 +228,15 @@ def plot(given: argparse.Namespace) -> None:
         for group in groups:
             members = sorted(_within(rows, group, key), key=lambda row: row[key])
             xs, ys = [row[key] / unit for row in members], [row["perplexity"] for row in members]
-            style = "o-" if len(members) > 1 else "s"
+            style = "s" if group in OTHERS else "o-"  # a line joins sparsities, not formats
             panel.plot(xs, ys, style, color=colours[group], ms=4, lw=1.2, label=group)
             for row, x, y in zip(members, xs, ys, strict=True):
                 panel.annotate(_short(row), (x, y), xytext=(3, 3), textcoords="offset points", fontsize=6.5)
         panel.set_xlabel(words)
         panel.set_yscale("log")
+        for axis in (panel.yaxis.set_major_formatter, panel.yaxis.set_minor_formatter):
+            axis(FuncFormatter(lambda value, _: f"{value:,.3g}"))
+        panel.margins(0.1)
         panel.grid(color="#dfe3e8", lw=0.6)
     axes[0].set_ylabel(f"perplexity, {rows[0]['windows']} windows of {rows[0]['length']} tokens")
     handles, names = axes[1].get_legend_handles_labels()
