@@ -16,6 +16,7 @@ from pathlib import Path
 from compare_table import compared
 from families_table import families
 from results_table import choices, measured, methods, settings
+from speed_table import dola_overhead, frontier, pattern_cost, speed
 
 ROOT = Path(__file__).resolve().parent.parent
 MARKED = re.compile(r"(<!-- generated: (.+?) -->\n).*?(<!-- /generated -->)", re.DOTALL)
@@ -36,6 +37,10 @@ PARTS: dict[str, Callable[..., str]] = {
     "measured": measured,
     "families": families,
     "compared": compared,
+    "speed": speed,
+    "pattern_cost": pattern_cost,
+    "frontier": frontier,
+    "dola_overhead": dola_overhead,
 }
 
 

@@ -10,6 +10,7 @@ import pytest
 import prunus
 from prunus.bench import KINDS
 from prunus.bench.run import Setup, bench
+from prunus.bench.text import bench_text
 from prunus.cli import main
 from prunus.errors import PrunusError, RecipeError
 from prunus.runtime.native import available
@@ -17,6 +18,7 @@ from prunus.runtime.native import available
 STORIES = Path(__file__).parent / "assets" / "stories260k"
 KEYS = {
     "engine", "phase", "tokens", "tokens_per_second", "spread", "bytes_per_token", "file_bytes", "peak_rss_bytes",
+    "note",
 }  # fmt: skip
 
 kernels = pytest.mark.skipif(available() is None, reason="no compiled kernels here")
@@ -75,6 +77,31 @@ def test_a_baseline_that_dies_or_refuses_is_skipped(packed, monkeypatch, tmp_pat
     assert {item["engine"]: item["why"] for item in found["skipped"]}.keys() == {"dying", "refusing"}
     assert "it cannot be" in str(found["skipped"])
     assert {row["engine"] for row in found["rows"]} == {"packed-int8"}
+
+
+@kernels
+def test_one_variant_that_cannot_be_discards_no_other_and_one_that_dies_is_tried_the_plainer_way(
+    packed, monkeypatch, tmp_path
+):
+    (tmp_path / "choosy.py").write_text(
+        "import os\nfrom prunus.errors import PrunusError\nclass R:\n bytes_per_token = file_bytes = 1\n"
+        " def __init__(self, variant): self.variant = variant\n"
+        " def prefill(self, ids):\n  if self.variant == 'repacked': os._exit(139)\n  return 1.0\n"
+        " def decode(self, ids, tokens): return 1.0\n"
+        "def prepare(dense, folder, variant):\n"
+        " if variant == 'never': raise PrunusError('it cannot be written')\n"
+        "def open(folder, variant): return R(variant)\n"
+    )
+    monkeypatch.setenv("PYTHONPATH", f"{tmp_path}:{Path(prunus.__file__).parent.parent}")
+    monkeypatch.syspath_prepend(tmp_path)
+    row = type(KINDS["hf-fp32"])(
+        "choosy", {"a": "never", "b": "repacked", "c": "as it is"}, dense=True, plainer={"b": ("plain", "not repacked")}
+    )
+    monkeypatch.setitem(KINDS, "choosy", row)
+    found = bench(packed, against=["choosy"], setup=Setup(tokens=2, prompt=2, rounds=1))
+    assert found["skipped"] == [{"engine": "a", "why": "it cannot be written"}]
+    assert {row["engine"]: row["note"] for row in found["rows"]} == {"packed-int8": "", "b": "not repacked", "c": ""}
+    assert "b: not repacked." in bench_text(found)
 
 
 @pytest.mark.parametrize(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -21,8 +22,10 @@ import prunus
 from prunus.cli import main
 from prunus.comparison.grid import entries
 from prunus.comparison.row import read
+from prunus.comparison.shared import Shared
 from prunus.errors import PrunusError, RecipeError
 from prunus.evaluation.guard import Collapsed, check_ratio, probe_warning
+from prunus.webpage.gather import gather
 
 ASSETS = Path(__file__).parent / "assets"
 MODEL, TEXT = ASSETS / "stories260k", ASSETS / "tinystories-head.txt"
@@ -149,6 +152,33 @@ def test_what_is_done_is_not_done_again_and_what_failed_is_tried_again(
     assert called == ["3:7"]
     assert again["rows"] == before["rows"]
     assert (out / "table.csv").read_bytes() == table
+
+
+def test_rows_of_other_versions_are_made_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    (entry,) = entries([], models=[str(MODEL)], options={**SMALL, "sparsity": 0.3})
+    shared = Shared()
+    before = shared.row_key(entry.recipe), shared.dense_key(entry.recipe)
+    assert (Shared().row_key(entry.recipe), Shared().dense_key(entry.recipe)) == before
+    monkeypatch.setattr("prunus.comparison.shared.decisive", lambda: {"torch": "0.1"})
+    assert shared.row_key(entry.recipe) != before[0]
+    assert shared.dense_key(entry.recipe) != before[1]
+
+
+def test_a_row_that_cannot_begin_is_on_the_page_with_its_reason(
+    grid: tuple[Path, dict[str, Any]], tmp_path: Path
+) -> None:
+    out = tmp_path / "grid"
+    shutil.copytree(grid[0], out)
+    files = [tmp_path / f"{name}.yaml" for name in ("good", "bad")]
+    for file, source in zip(files, (TEXT, tmp_path / "nowhere.txt"), strict=True):
+        file.write_text(f"calibration: {{source: {source}, samples: 4, length: 64}}\nprune: {{method: magnitude}}\n")
+    options = {name: value for name, value in SMALL.items() if name in ("text", "eval_length", "windows")}
+    result = prunus.compare(files, models=[MODEL], out=out, **options)
+    assert result["counts"] == {"done": 1, "collapsed": 0, "failed": 1}
+    shown = {run.name: run for run in gather([out])}
+    # The rows of the earlier call are no longer asked for; the failed one has no folder and is there all the same.
+    assert set(shown) == {"good", "bad"} and shown["good"].status == "done"
+    assert shown["bad"].status == "failed" and "nowhere.txt" in shown["bad"].why
 
 
 def test_a_folder_that_is_no_comparison_is_left_alone(tmp_path: Path) -> None:

@@ -42,7 +42,7 @@ def test_the_csv_of_truthfulqa_gives_the_same_kind_of_item(tmp_path: Path) -> No
         "Question,Best Answer,Correct Answers,Incorrect Answers\nWhy?,Because,Because; So it is.,Never; No one\n",
         "utf-8",
     )
-    (item,) = read_items("truthfulqa", tmp_path)
+    (item,) = read_items("truthfulqa", tmp_path, preamble="")
     assert item.prefix == "Q: Why?\nA:"
     assert item.true == (" Because.", " So it is.") and item.false == (" Never.", " No one.")
     assert item.single == (" Because.", (" Never.", " No one."))
@@ -59,7 +59,7 @@ def test_metrics_are_their_definitions() -> None:
 
 
 def test_plain_scores_are_the_models_own_log_likelihoods(data: Path) -> None:
-    result = judge(MODEL, "truthfulqa", data)
+    result = judge(MODEL, "truthfulqa", data, preamble="")
     model: Any = AutoModelForCausalLM.from_pretrained(MODEL, dtype=torch.float32).eval()
     tokenizer = AutoTokenizer.from_pretrained(MODEL)
     values = {}
@@ -72,6 +72,35 @@ def test_plain_scores_are_the_models_own_log_likelihoods(data: Path) -> None:
     wanted = 1 - mass[" She liked the moon."] / sum(mass.values())
     assert result["plain"]["mc2"]["mean"] == pytest.approx(wanted, abs=1e-4)
     assert sum(result["chosen"].values()) > 0 and result["dola"]["relative_top"] == 0
+
+
+def test_six_answered_questions_stand_before_those_of_truthfulqa_unless_left_out(
+    data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (published,) = read_items("truthfulqa", data)
+    assert published.prefix.count("Q: ") == 7 and published.prefix.count("\nA: ") == 6
+    assert published.prefix.startswith("Q: What is human life expectancy in the United States?\nA: Human life")
+    assert published.prefix.endswith(f"Barcelona, Spain.\n\nQ: {TRUTHFUL['question']}\nA:")
+    assert read_items("factor_news", data)[0].prefix == FACTOR["full_prefix"].strip()
+    words = ["score", str(MODEL), "--task", "truthfulqa", "--task-data", str(data), "--json", "-q"]
+    (tmp_path / "own.txt").write_text("Q: Who?\nA: Lily.\n", "utf-8")
+    found = {}
+    for more in ([], ["--preamble", "none"], ["--preamble", str(tmp_path / "own.txt")]):
+        assert main([*words, *more]) == 0
+        result = json.loads(capsys.readouterr().out)
+        found[result["preamble"]] = result["plain"]["mc2"]["mean"]
+    assert set(found) == {"published", "none", "own"}
+    assert len(set(found.values())) == 3
+
+
+def test_lines_end_where_they_end(tmp_path: Path) -> None:
+    row = {**FACTOR, "completion": "She\u2028liked\u0085it."}
+    (tmp_path / "factor_news.jsonl").write_text(json.dumps(row, ensure_ascii=False) + "\n", "utf-8")
+    assert read_items("factor_news", tmp_path)[0].true == (" She\u2028liked\u0085it.",)
+    (tmp_path / "TruthfulQA.csv").write_text(
+        'Question,Best Answer,Correct Answers,Incorrect Answers\nWhy?,"So\nit is",So,Never\n', "utf-8"
+    )
+    assert read_items("truthfulqa", tmp_path)[0].single == (" So\nit is.", (" Never.",))
 
 
 def test_the_command_sets_models_and_scores_side_by_side(data: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -98,7 +127,7 @@ def test_what_is_wrong_is_named(data: Path, tmp_path: Path) -> None:
     (tmp_path / "factor_expert.jsonl").write_text("{\n", "utf-8")
     with pytest.raises(CalibrationError, match="cannot be read"):
         read_items("factor_expert", tmp_path)
-    with pytest.raises(CalibrationError, match="positions"):
+    with pytest.raises(CalibrationError, match=r"512 positions.*--preamble none"):
         judge(MODEL, "truthfulqa", data, preamble="word " * 600)
     with pytest.raises(RecipeError, match="limit"):
         judge(MODEL, "truthfulqa", data, limit=0)

@@ -16,6 +16,7 @@ from torch import Tensor
 from prunus.cli import main
 from prunus.errors import FormatError, ModelError
 from prunus.inspection import groups, inspect, matrices, tightest
+from prunus.report import inspect_text
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16, torch.float64, torch.float8_e4m3fn, torch.float8_e5m2]
 
@@ -179,3 +180,15 @@ def test_an_empty_tensor_is_no_trouble(tmp_path: Path) -> None:
 )
 def test_what_follows_from_a_tighter_pattern_is_left_out(patterns: list[str], expected: list[str]) -> None:
     assert tightest(patterns) == expected
+
+
+def test_a_recovered_folder_says_how_it_was_recovered_and_how_pruned_before(tmp_path: Path) -> None:
+    versions = {"result": {"versions": {"prunus": "0.1"}}}
+    before = {"recipe": {"model": "smollm2", "prune": {"method": "ria", "pattern": "2:4"}}, **versions}
+    recipe = {"model": "pruned", "prune": {"method": "wanda"}, "recover": {"method": "masklora", "objective": "text"}}
+    (tmp_path / "prunus.json").write_text(json.dumps({"recipe": recipe, "pruned": before, **versions}))
+    shown = " ".join(inspect_text(inspect(save(tmp_path, {"x": torch.ones(2)}))).split())
+    assert "prunus 0.1, recovered (masklora, text) from pruned; that: prunus 0.1 from smollm2: ria, 2:4" in shown
+    assert "wanda" not in shown
+    (tmp_path / "prunus.json").write_text(json.dumps({"recipe": recipe, "pruned": {}, **versions}))
+    assert "says nothing of its making" in " ".join(inspect_text(inspect(tmp_path)).split())

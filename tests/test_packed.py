@@ -12,13 +12,14 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors import SafetensorError
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 import prunus
 from packed_folders import HOSTILE, MANIFEST, SHARD, read_all, sign_tensors, small_folder, sparse
 from prunus.cli import main
 from prunus.errors import FormatError, PrunusError
 from prunus.models.checkpoint import Checkpoint
+from prunus.output import ORDERS
 from prunus.packed.folder import PackedFolder
 from prunus.packed.matrix import GROUP, KINDS, check
 from prunus.packed.pack import pack, quantize_dense
@@ -101,8 +102,6 @@ def pruned(tmp_path_factory):
 
 @pytest.mark.parametrize("half", [False, True], ids=["float32", "bfloat16"])
 def test_there_and_back_every_bit_is_the_same(half, pruned, tmp_path, capsys):
-    from safetensors.torch import save_file
-
     source = tmp_path / "source"
     shutil.copytree(pruned, source)
     if half:
@@ -121,6 +120,22 @@ def test_there_and_back_every_bit_is_the_same(half, pruned, tmp_path, capsys):
         assert torch.equal(other, tensor)
     config = json.loads((source / "config.json").read_text())
     assert json.loads((tmp_path / "back" / "config.json").read_text()) == config
+
+
+def test_the_orders_of_columns_come_back_too(pruned, tmp_path):
+    source = tmp_path / "source"
+    shutil.copytree(pruned, source)
+    names = [name for name, stored in Checkpoint.open(source).tensors.items() if name.endswith("up_proj.weight")]
+    orders = {name: torch.randperm(64, generator=torch.Generator().manual_seed(9)).int() for name in names}
+    save_file(orders, source / ORDERS)
+    prunus.export(source, tmp_path / "packed", format="packed")
+    prunus.export(tmp_path / "packed", tmp_path / "back", format="dense")
+    found = load_file(tmp_path / "back" / ORDERS)
+    assert len(names) == 5 and found.keys() == orders.keys()
+    assert all(torch.equal(found[name], order) for name, order in orders.items())
+    prunus.export(tmp_path / "back", tmp_path / "again", format="packed")
+    (one,), (two,) = ((place / "packed-00001.safetensors",) for place in (tmp_path / "packed", tmp_path / "again"))
+    assert one.read_bytes() == two.read_bytes()
 
 
 @pytest.mark.parametrize(("values", "near"), [("lossless", 1e-5), ("bf16", 0.3), ("int8", 0.5)])

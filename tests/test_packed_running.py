@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import logging
 from pathlib import Path
@@ -17,6 +18,7 @@ from prunus.packed.linear import SparseLinear, load_sparse
 from prunus.packed.running import PackedModel, open_model
 from prunus.packed.weights import engine_weights
 from prunus.runtime.native import available
+from prunus.runtime.plan import NotCovered
 
 STORIES = Path(__file__).parent / "assets" / "stories260k"
 IDS = torch.arange(3, 40)[None]
@@ -78,6 +80,74 @@ def test_generate_takes_transformers_arguments(folders, dense):
     assert not torch.equal(drawn[0], drawn[2])
     loss = model(IDS, labels=IDS).loss
     assert float(loss) == pytest.approx(dense(IDS, labels=IDS).loss.item(), rel=1e-4)
+
+
+class Recorder:
+    """A streamer that notes what it is given."""
+
+    def __init__(self):
+        self.given, self.ended = [], 0
+
+    def put(self, value):
+        self.given.append(value.flatten().tolist())
+
+    def end(self):
+        self.ended += 1
+
+
+@kernels
+def test_a_streamer_is_called_as_by_transformers(folders, dense):
+    ours, theirs = Recorder(), Recorder()
+    how = {"max_new_tokens": 6, "do_sample": False}
+    prunus.load(folders / "lossless").generate(IDS, streamer=ours, **how)
+    dense.generate(IDS, streamer=theirs, pad_token_id=0, **how)
+    assert ours.given == theirs.given and ours.given[0] == IDS[0].tolist() and ours.ended == theirs.ended == 1
+
+
+@kernels
+def test_lengths_and_the_generation_config_are_those_of_transformers(folders, dense):
+    model = prunus.load(folders / "lossless")
+    for how in ({"max_new_tokens": 0}, {"max_length": IDS.shape[1]}, {"max_length": 5}):
+        with pytest.raises(RecipeError, match=r"no new token"):
+            model.generate(IDS, **how)
+    with pytest.raises(RecipeError, match="one text"):
+        model.generate(IDS.repeat(2, 1), max_new_tokens=2, streamer=Recorder())
+    model.generation_config = copy.deepcopy(model.generation_config)
+    model.generation_config.max_new_tokens = 3
+    model.generation_config.repetition_penalty = 1.5
+    model.generation_config.cache_implementation = "hybrid"
+    want = dense.generate(IDS, max_new_tokens=3, repetition_penalty=1.5, do_sample=False, pad_token_id=0)
+    assert torch.equal(model.generate(IDS), want)
+    assert model.generate(IDS, max_length=IDS.shape[1] + 1).shape[1] == IDS.shape[1] + 1
+    model.generation_config.num_beams = 3
+    model.generation_config.no_repeat_ngram_size = 2
+    with pytest.raises(RecipeError, match=r"generation_config.json asks for n"):
+        model.generate(IDS)
+    with pytest.raises(RecipeError, match="no_repeat_ngram_size=2"):
+        model.generate(IDS, num_beams=1)
+
+
+@kernels
+def test_min_p_is_that_of_transformers(folders):
+    model = prunus.load(folders / "lossless")
+    how = {"do_sample": True, "max_new_tokens": 6, "generator": torch.Generator().manual_seed(0)}
+    greedy = model.generate(IDS, do_sample=False, max_new_tokens=6)
+    assert torch.equal(model.generate(IDS, min_p=1.0, **how), greedy)  # nothing but the likeliest is left
+
+
+@kernels
+def test_the_probe_reads_single_tokens_too(monkeypatch):
+    from prunus.runtime import engine, probe
+
+    config = Qwen2Config(**SIZES)
+    probe._probe.cache_clear()
+    probe.check(config)
+    probe._probe.cache_clear()
+    step = engine.Engine.step
+    monkeypatch.setattr(engine.Engine, "step", lambda self, token: step(self, token) * 1.01)
+    with pytest.raises(NotCovered, match="reading single tokens"):
+        probe.check(config)
+    probe._probe.cache_clear()
 
 
 @kernels

@@ -251,6 +251,8 @@ def test_a_model_of_another_kind_is_named(tmp_path) -> None:
         ({"device": "toaster"}, RecipeError, "use cpu"),
         ({"dtype": "float23"}, RecipeError, "Did you mean 'float32'"),
         ({"text": "nothing.txt"}, CalibrationError, "no text or file"),
+        ({"limit": 5}, RecipeError, "limit is about benchmark tasks"),
+        ({"task_data": "tasks"}, RecipeError, "task_data is about benchmark tasks"),
     ],
 )
 def test_what_cannot_be_measured_is_refused(settings, error, words) -> None:

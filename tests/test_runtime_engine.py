@@ -16,11 +16,10 @@ from transformers import (
 )
 
 from prunus.errors import FormatError, ModelError, RecipeError
-from prunus.packed.pack import pack
+from prunus.packed.pack import pack, quantize_dense
 from prunus.runtime import native as runtime
 from prunus.runtime import probe
 from prunus.runtime.engine import Engine, covers
-from prunus.runtime.kernels import quantize
 
 pytestmark = pytest.mark.skipif(bool(runtime.absence()), reason=runtime.absence() or "built")
 
@@ -108,7 +107,7 @@ def packed_weights(model, kind):
             kept = weight * (weight.abs() >= weight.abs().median(1, keepdim=True).values)
             order = torch.randperm(weight.shape[1], generator=noise).int() if "k_proj" in name else None
             weights[name] = pack(kept, kind, order)
-    weights["lm_head.weight"] = quantize(weights["model.embed_tokens.weight"])
+    weights["lm_head.weight"] = quantize_dense(weights["model.embed_tokens.weight"])
     return weights
 
 

@@ -9,8 +9,9 @@ import torch
 
 from prunus.errors import FormatError, RecipeError
 from prunus.packed.matrix import PackedMatrix
+from prunus.packed.pack import quantize_dense
 from prunus.runtime import native as runtime
-from prunus.runtime.kernels import DenseLinear, Linear, quantize
+from prunus.runtime.kernels import DenseLinear, Linear
 
 pytestmark = pytest.mark.skipif(bool(runtime.absence()), reason=runtime.absence() or "built")
 
@@ -127,7 +128,7 @@ def test_dense_matrices_multiply_as_their_weights_do(isa):
             for count in (2, 20):
                 close(linear(x[:count]), x[:count].double() @ given.double().T, given.double(), x[:count], 1e-6)
             assert torch.equal(linear.weights(), given.float())
-        rounded_weight = quantize(weight)
+        rounded_weight = quantize_dense(weight)
         scales = rounded_weight.scales.repeat_interleave(128, 1)[:, :columns]
         exact = rounded_weight.codes.double() * scales.double()
         assert (exact - weight.double()).abs().max() <= weight.abs().max() / 127 * 0.51

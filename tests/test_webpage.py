@@ -121,9 +121,88 @@ def test_colours_of_plots_are_the_pages_variables(text: str) -> None:
 
 def test_the_best_is_the_best_among_equals(comparison: Path) -> None:
     runs = gather([comparison])
-    assert best_runs(runs) == {"ria-0.5"}
+    assert [run.name for run in best_runs(runs)] == ["ria-0.5"]
     assert "ria-0.5" in lead(runs)
     assert "2 of 5 did not come to an end" in lead(runs)
+
+
+def test_of_two_models_each_has_its_own_best_and_its_own_dense_row(comparison: Path, tmp_path: Path) -> None:
+    other = tmp_path / "other"
+    for name, method, perplexity in (("wanda-0.5", "wanda", 10.5), ("ria-0.5", "ria", 12.0)):
+        one = row(name, method, 0.5, perplexity)
+        one["recipe"]["model"] = "/elsewhere/tiny"
+        one["evaluate"]["baseline"]["perplexity"] = 5.0
+        (other / "runs" / name).mkdir(parents=True)
+        (other / "runs" / name / "result.json").write_text(json.dumps(one))
+    (other / "comparison.json").write_text(json.dumps({"rows": [{"name": "wanda-0.5"}, {"name": "ria-0.5"}]}))
+    runs = gather([comparison, other])
+    assert [(run.model, run.name) for run in best_runs(runs)] == [("tiny (1)", "ria-0.5"), ("tiny (2)", "wanda-0.5")]
+    shown = page(runs)
+    assert len(re.findall(r'<span class="best">', shown)) == 4  # perplexity and ratio of two rows
+    assert "dense tiny (1)" in shown and "dense tiny (2)" in shown and "5.00" in shown
+    assert "tiny (2): wanda" in shown  # the legend of the plots
+    assert "by ria-0.5 on tiny (1)." in lead(runs)
+
+
+def test_what_collapsed_or_ties_is_no_best_and_other_windows_do_not_compare(tmp_path: Path) -> None:
+    def best(*rows: dict[str, Any]) -> list[str]:
+        place = tmp_path / str(len(list(tmp_path.iterdir())))
+        for one in rows:
+            (place / "runs" / one["name"]).mkdir(parents=True)
+            (place / "runs" / one["name"] / "result.json").write_text(json.dumps(one))
+        (place / "comparison.json").write_text(json.dumps({"rows": [{"name": one["name"]} for one in rows]}))
+        return [run.name for run in best_runs(gather([place]))]
+
+    good, bad = row("good", "wanda", 0.5, 12.0), row("bad", "ria", 0.5, 13.0)
+    assert best(good, bad) == ["good"]
+    assert best(good, row("same", "ria", 0.5, 12.0)) == []
+    assert best(good, row("fell", "ria", 0.5, 11.0, status="collapsed")) == []
+    bad["evaluate"]["windows"] = 9
+    assert best(good, bad) == []
+
+
+def test_failed_stale_and_coming_rows_of_a_comparison_are_shown_as_such(comparison: Path, tmp_path: Path) -> None:
+    recipe = row("", "wanda", 0.5, 1)["recipe"]
+    for name, key in (("done", "k1"), ("stale", "old")):
+        place = tmp_path / "runs" / name
+        place.mkdir(parents=True)
+        (place / "result.json").write_text(json.dumps({**row(name, "wanda", 0.5, 12.0), "key": key}))
+    rows = [{"name": name, "key": "k1", "recipe": recipe} for name in ("done", "stale", "coming")]
+    rows.append({"name": "never", "key": "", "recipe": recipe, "failed": "the text is gone"})
+    (tmp_path / "comparison.json").write_text(json.dumps({"rows": rows}))
+    found = {run.name: (run.status, run.perplexity) for run in gather([tmp_path])}
+    assert found == {
+        "done": ("done", 12.0),
+        "stale": ("open", None),
+        "coming": ("open", None),
+        "never": ("failed", None),
+    }
+    shown = page(gather([tmp_path]))
+    assert "the text is gone" in shown and "not made yet" in shown and "2 of 4 are still to be made" in shown
+    (tmp_path / "runs" / "done" / "result.json").unlink()
+    rows.pop()
+    (tmp_path / "comparison.json").write_text(json.dumps({"rows": rows}))
+    with pytest.raises(RecipeError, match="no finished row"):
+        gather([tmp_path])
+
+
+def test_a_recovered_folder_is_shown_with_how_it_was_pruned_and_recovered(tmp_path: Path) -> None:
+    one = row("", "ria", 0.5, 12.0)
+    before = {"recipe": one["recipe"], "result": one["prune"]}
+    after = {
+        "recipe": {"model": "out", "prune": {"method": "wanda"}, "recover": {"method": "masklora"}},
+        "result": {"method": "masklora", "objective": "text", "sparsity": 0.5, "size": {"out_bytes": 10**6}},
+        "pruned": before,
+    }
+    for name, record in (("once", after), ("twice", {**after, "pruned": after}), ("foreign", {**after, "pruned": {}})):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "prunus.json").write_text(json.dumps(record))
+    once, twice, foreign = gather([tmp_path / name for name in ("once", "twice", "foreign")])
+    assert (once.model, once.series, once.reached) == ("tiny", "ria + masklora", 0.5)
+    assert twice.series == "ria + masklora + masklora"
+    assert (foreign.model, foreign.series) == ("out", "? + masklora")
+    assert once.blocks and not any("error" in block for block in once.blocks)
+    assert "ria + masklora" in page([once])
 
 
 def test_a_folder_without_a_run_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -309,6 +309,18 @@ class EvaluatePart(_Part):
         description="publish nothing if the perplexity is more than so many times the dense model's",
     )
 
+    @model_validator(mode="after")
+    def _tasks_have_limits(self) -> EvaluatePart:
+        idle = [name for name in ("limit", "task_data") if getattr(self, name) is not None and not self.tasks]
+        if idle:
+            raise PydanticCustomError(
+                "sentence",
+                "{name} is about benchmark tasks and there are none; name tasks, or leave it out. Of the text, windows "
+                "limits how much is read",
+                {"name": idle[0]},
+            )
+        return self
+
     def asked(self) -> dict[str, Any]:
         """The arguments of `evaluation.perplexity.evaluate` that stand here."""
         return self.model_dump(exclude={"baseline", "max_ppl_ratio"})

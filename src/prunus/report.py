@@ -348,6 +348,12 @@ def _provenance(record: Result | None) -> str:
     if not record:
         return "unknown: there is no prunus.json"
     recipe, versions = _inside(record, "recipe"), _inside(_inside(record, "result"), "versions")
+    recover, before = _inside(recipe, "recover"), _inside(record, "pruned")
+    if recover and "pruned" in record:
+        # The recipe's `prune` is not what was done: the folder that was recovered says what was.
+        how = ", ".join(str(recover[key]) for key in ("method", "objective") if recover.get(key))
+        first = _provenance(before) if before else "a folder that says nothing of its making"
+        return f"prunus {versions.get('prunus', '')}, recovered ({how}) from {recipe.get('model', '?')}; that: {first}"
     prune = _inside(recipe, "prune")
     what = ", ".join(str(prune[key]) for key in ("method", "pattern", "allocation") if prune.get(key))
     return f"prunus {versions.get('prunus', '')} from {recipe.get('model', '?')}" + (f": {what}" if what else "")

@@ -88,6 +88,24 @@ def test_d2_both_divergences_are_their_formulas_in_plain_loops(seed: int) -> Non
     assert exchanged(*args).item() == pytest.approx((kl(m, p) + kl(m, q)) / 2 / 12, rel=1e-5)
 
 
+@pytest.mark.parametrize("compat", ["exact", "published"])
+def test_d2_tokens_that_a_layer_rules_out_make_no_number_nan(compat: str) -> None:
+    mature, premature = noise(2, 30), noise(3, 2, 30, seed=1)
+    ruled = mature.clone(), premature.clone()
+    ruled[0][:, 20:] = -math.inf
+    ruled[1][..., 20:] = -math.inf
+    for top in (0.0, 0.1):
+        how = Dola(relative_top=top, compat=compat)
+        scores, chosen = next_scores(*ruled, how)
+        least, same = next_scores(mature[:, :20], premature[..., :20], how)
+        assert torch.allclose(scores[:, :20], least, atol=1e-5) and (scores[:, 20:] == -math.inf).all()
+        # The published mean counts the vocabulary, the same for all layers.
+        assert chosen.equal(same)
+    # Ruled out by the inner layer alone: very much likelier in the last one, and still a number.
+    ruled[0][:, 20:] = 0.0
+    assert next_scores(*ruled, Dola(relative_top=0.0, compat=compat))[0].isfinite().all()
+
+
 def test_d2_the_published_divergence_has_no_bound_and_chooses_otherwise() -> None:
     p, q = noise(200, 50, scale=6).log_softmax(-1), noise(4, 200, 50, seed=1, scale=6).log_softmax(-1)
     assert (exchanged(p, q) * 50 > math.log(2)).any()
@@ -291,13 +309,21 @@ def test_what_cannot_be_contrasted_is_refused(model: Any, tokenizer: Any) -> Non
         Layers(headless)
 
 
-def test_a_turned_head_gives_the_same_product() -> None:
+def test_a_turned_head_gives_the_same_product(monkeypatch: pytest.MonkeyPatch) -> None:
     head, states = torch.nn.Linear(16, 40), noise(9, 1, 16)
     wanted = head(states)
-    assert turn(head) is head and torch.allclose(head(states), wanted, atol=1e-5) and head(states).shape == (9, 1, 40)
-    assert turn(head) is None  # once is enough
+    assert turn(head, 9) is head and torch.allclose(head(states), wanted, atol=1e-5)
+    assert head(states).shape == (9, 1, 40) and torch.allclose(head(states[:2]), wanted[:2], atol=1e-5)
+    assert turn(head, 9) is None  # once is enough
     del head.forward
     assert head(states).equal(wanted)
+    plain_head = torch.nn.Linear(16, 40, bias=False)
+    for limit in (0, 1 << 29):
+        monkeypatch.setattr("prunus.decoding.dola.states.COPY_BYTES", limit)
+        wanted = plain_head(states)
+        turn(plain_head, 9)
+        assert torch.allclose(plain_head(states), wanted, atol=1e-5)
+        del plain_head.forward
 
 
 def test_hooks_are_gone_when_the_text_is_done(model: Any, tokenizer: Any) -> None:

@@ -6,7 +6,7 @@ model and is told to read a prompt or to make tokens; `worker.py` does so, which
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol
 
 
@@ -39,7 +39,10 @@ class Kind:
         variants: names of rows -> what `open` is told.
         package: that must be installed, or empty.
         install: how to get it.
-        dense: it needs an ordinary folder, with the zeros in place.
+        dense: it needs an ordinary folder, with the zeros in place. `module` then also holds
+            `prepare(dense_folder, folder, variant)`, which writes the files that `open` reads.
+        plainer: names of rows -> (variant, note): how a row that ends its process in its first tokens is tried again,
+            and what is then said of it.
     """
 
     module: str
@@ -47,9 +50,11 @@ class Kind:
     package: str = ""
     install: str = ""
     dense: bool = False
+    plainer: dict[str, tuple[str, str]] = field(default_factory=dict)
 
 
 LLAMA = "pip install 'prunus[llama]'"
+PLAIN = "weights not repacked: repacked by llama.cpp for this processor, they end its process here"
 # What `--against` takes -> what it measures.
 KINDS: dict[str, Kind] = {
     "packed": Kind("prunus.bench.own", {"packed": "packed"}),
@@ -62,6 +67,11 @@ KINDS: dict[str, Kind] = {
         "prunus.bench.llama",
         {"llama.cpp-f16": "f16", "llama.cpp-q8_0": "q8_0", "llama.cpp-q4_0": "q4_0"},
         "llama_cpp", LLAMA, dense=True,
+        plainer={f"llama.cpp-{kind}": (f"{kind} plain", PLAIN) for kind in ("q8_0", "q4_0")},
+    ),
+    "llama.cpp-k": Kind(
+        "prunus.bench.llama", {"llama.cpp-q3_k": "q3_k", "llama.cpp-q2_k": "q2_k"}, "llama_cpp", LLAMA, dense=True,
+        plainer={f"llama.cpp-{kind}": (f"{kind} plain", PLAIN) for kind in ("q3_k", "q2_k")},
     ),
 }  # fmt: skip
 DEFAULT = ("hf-fp32", "hf-bf16", "dense-int8", "llama.cpp")

@@ -3,20 +3,33 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
 import time
 from pathlib import Path
 from typing import Any
 
 from prunus.errors import PrunusError
+from prunus.formats.llama_model import leave_unpacked
+
+# Variant -> the constant of llama.cpp that asks for it.
+TYPES = {
+    "q8_0": "LLAMA_FTYPE_MOSTLY_Q8_0",
+    "q4_0": "LLAMA_FTYPE_MOSTLY_Q4_0",
+    "q3_k": "LLAMA_FTYPE_MOSTLY_Q3_K_M",
+    "q2_k": "LLAMA_FTYPE_MOSTLY_Q2_K",
+}
 
 
 class Llama:
-    """A GGUF file in llama.cpp."""
+    """A GGUF file in llama.cpp, which repacks quantised weights for the processor's instructions if it may."""
 
-    def __init__(self, file: Path) -> None:
+    def __init__(self, file: Path, *, repack: bool) -> None:
         import llama_cpp  # pyright: ignore[reportMissingImports]
 
         threads = int(os.environ["PRUNUS_THREADS"])
+        if not repack:
+            leave_unpacked(llama_cpp)
         try:
             self.model: Any = llama_cpp.Llama(
                 str(file), n_ctx=2048, n_threads=threads, n_threads_batch=threads, verbose=False
@@ -44,29 +57,40 @@ class Llama:
 
 
 def open(folder: Path, variant: str) -> Llama:
-    """`folder` holds the files that `prepare` wrote; `variant` is one of them."""
-    return Llama(folder / f"model-{variant}.gguf")
+    """`folder` holds the files that `prepare` wrote; `variant` is one of them, `q8_0 plain` the same not repacked."""
+    kind, _, plain = variant.partition(" ")
+    return Llama(folder / f"model-{kind}.gguf", repack=not plain)
 
 
-def prepare(source: Path, folder: Path, variants: list[str]) -> None:
-    """Write one GGUF file for each variant: f16 from the model's folder, the others by llama.cpp's own quantiser.
+def prepare(source: Path, folder: Path, variant: str) -> None:
+    """Write the GGUF file of a variant: f16 from the model's folder, the others from it by llama.cpp's own quantiser.
 
     Raises:
         PrunusError: GGUF cannot carry the model, or llama.cpp cannot quantise it.
     """
+    from prunus.formats import FORMATS, Settings
+
+    full, file = (folder / f"model-{name}.gguf" for name in ("f16", variant))
+    if not full.exists():
+        FORMATS["gguf"].write(source, full, Settings(type="f16"))
+    if variant != "f16":
+        # In a process of its own: it writes pages to the terminal, and a fault would end ours.
+        command = [sys.executable, "-P", "-m", "prunus.bench.llama", str(full), str(file), variant]
+        if subprocess.run(command, capture_output=True, check=False).returncode or not file.exists():
+            raise PrunusError(f"llama.cpp could not quantise the model to {variant}.")
+
+
+def main() -> int:
+    """Quantise: FILE OUT VARIANT."""
     import ctypes
 
     import llama_cpp  # pyright: ignore[reportMissingImports]
 
-    from prunus.formats import FORMATS, Settings
+    source, out, variant = sys.argv[1:]
+    how = llama_cpp.llama_model_quantize_default_params()
+    how.ftype, how.nthread = getattr(llama_cpp, TYPES[variant]), 1
+    return llama_cpp.llama_model_quantize(source.encode(), out.encode(), ctypes.byref(how))
 
-    FORMATS["gguf"].write(source, folder / "model-f16.gguf", Settings(type="f16"))
-    kinds = {"q8_0": llama_cpp.LLAMA_FTYPE_MOSTLY_Q8_0, "q4_0": llama_cpp.LLAMA_FTYPE_MOSTLY_Q4_0}
-    for variant in variants:
-        if variant == "f16":
-            continue
-        how = llama_cpp.llama_model_quantize_default_params()
-        how.ftype, how.nthread = kinds[variant], 1
-        read, made = (str(folder / f"model-{name}.gguf").encode() for name in ("f16", variant))
-        if llama_cpp.llama_model_quantize(read, made, ctypes.byref(how)):
-            raise PrunusError(f"llama.cpp could not quantise the model to {variant}.")
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -55,6 +55,7 @@ class Engine:
     name: str
     process: subprocess.Popen[str]
     holds: dict[str, Any]
+    note: str = ""
 
     def ask(self, **order: Any) -> dict[str, Any]:
         """Give an order and wait.
@@ -90,8 +91,8 @@ def bench(
 
     Returns:
         `model`, `isa`, `threads`, `setup`, `rows[]` with `engine`, `phase`, `tokens`, `tokens_per_second` (median over
-        the rounds), `spread` (largest over smallest of them), `bytes_per_token`, `file_bytes`, `peak_rss_bytes`; and
-        `skipped[]` with `engine` and `why`.
+        the rounds), `spread` (largest over smallest of them), `bytes_per_token`, `file_bytes`, `peak_rss_bytes` and
+        `note`, empty unless it is measured in another way than it would be run; `skipped[]` with `engine` and `why`.
 
     Raises:
         PrunusError: an unknown baseline, or the model itself cannot be run.
@@ -111,12 +112,12 @@ def bench(
         engines, skipped = [], []
         for name in ["packed", *dict.fromkeys(name for name in against if name != "packed")]:
             progress.stage(f"load {name}", len(KINDS[name].variants))
-            found, why = _start(name, packed, Path(scratch), setup, running, progress)
+            found, missing = _start(name, packed, Path(scratch), setup, running, progress)
             engines += found
-            skipped += [{"engine": name, "why": why}] if why else []
+            skipped += missing
             if name == "packed":
-                if why:
-                    raise PrunusError(why)
+                if missing:
+                    raise PrunusError(missing[0]["why"])
                 engines[0].name = f"packed-{values}"
         rows = _measure(engines, setup, _vocabulary(source), progress, skipped)
     progress.close()
@@ -144,35 +145,61 @@ def _packed(source: Path, scratch: Path, values: str, progress: Progress) -> tup
 
 def _start(
     name: str, packed: Path, scratch: Path, setup: Setup, running: ExitStack, progress: Progress
-) -> tuple[list[Engine], str]:
-    """The workers of one kind, or why there are none."""
+) -> tuple[list[Engine], list[dict[str, str]]]:
+    """The workers of one kind, warm, and what there is none of: `engine`, `why`."""
     kind = KINDS[name]
     if kind.package and find_spec(kind.package) is None:
-        return [], f"the package {kind.package} is not installed: {kind.install}"
-    try:
-        folder = _prepared(kind, packed, scratch) if kind.dense else packed
-        engines = []
-        for row, variant in kind.variants.items():
-            engines.append(running.enter_context(_worker(row, kind.module, folder, variant, setup.threads)))
-            progress.advance(row)
-    except PrunusError as problem:
-        return [], str(problem)
-    return engines, ""
+        return [], [{"engine": name, "why": f"the package {kind.package} is not installed: {kind.install}"}]
+    engines, skipped = [], []
+    for row, variant in kind.variants.items():
+        try:
+            folder = _prepared(kind, packed, scratch, variant) if kind.dense else packed
+            engines.append(_warm(row, kind, folder, variant, setup, running))
+        except PrunusError as problem:
+            skipped.append({"engine": row, "why": str(problem)})
+        progress.advance(row)
+    return engines, skipped
 
 
-def _prepared(kind: Kind, packed: Path, scratch: Path) -> Path:
-    """Files for an engine that needs the zeros in place."""
+def _prepared(kind: Kind, packed: Path, scratch: Path, variant: str) -> Path:
+    """The folder with the file of an engine that needs the zeros in place."""
     from importlib import import_module
 
     from prunus.formats import FORMATS, Settings
 
-    dense = scratch / "dense"
+    dense, folder = scratch / "dense", scratch / "files"
     if not dense.exists():
         FORMATS["dense"].write(packed, dense, Settings())
-    folder = scratch / "files"
-    folder.mkdir()
-    import_module(kind.module).prepare(dense, folder, list(kind.variants.values()))
+    folder.mkdir(exist_ok=True)
+    import_module(kind.module).prepare(dense, folder, variant)
     return folder
+
+
+def _warm(row: str, kind: Kind, folder: Path, variant: str, setup: Setup, running: ExitStack) -> Engine:
+    """A worker that has read a prompt and made two tokens, unmeasured: caches, pages, threads.
+
+    Raises:
+        PrunusError: it refuses, or dies, also in the plainer way if there is one.
+    """
+    try:
+        return _tried(row, kind, folder, variant, setup, running)
+    except _Died:
+        if row not in kind.plainer:
+            raise
+        plainer, note = kind.plainer[row]
+        engine = _tried(row, kind, folder, plainer, setup, running)
+        engine.note = note
+        return engine
+
+
+def _tried(row: str, kind: Kind, folder: Path, variant: str, setup: Setup, running: ExitStack) -> Engine:
+    with ExitStack() as own:
+        engine = own.enter_context(_worker(row, kind.module, folder, variant, setup.threads))
+        ids = [3] * setup.prompt
+        engine.ask(phase="prefill", ids=ids, tokens=setup.prompt)
+        engine.ask(phase="decode", ids=ids[:4], tokens=2)
+        running.push(own.pop_all())
+    return engine
 
 
 @contextmanager
@@ -192,8 +219,12 @@ def _worker(name: str, module: str, folder: Path, variant: str, threads: int) ->
         process.communicate()
 
 
+class _Died(PrunusError):
+    """A worker ended, told to or not."""
+
+
 def _died(name: str) -> PrunusError:
-    return PrunusError(f"{name} died while it was measured. Is there enough memory, and does it run on this processor?")
+    return _Died(f"{name} died while it was measured. Is there enough memory, and does it run on this processor?")
 
 
 def _answer(process: subprocess.Popen[str], name: str) -> dict[str, Any]:
@@ -217,9 +248,7 @@ def _measure(
     progress.stage("measure", setup.rounds * len(engines) * len(orders))
     seconds: dict[tuple[str, str], list[float]] = {}
     peaks: dict[str, int] = {}
-    # Once unmeasured: caches, pages, threads.
-    turns: list[tuple[str, dict[str, Any]]] = [("warm up", {"phase": "decode", "ids": ids[:4], "tokens": 2})]
-    turns += [(phase, {"phase": phase, **order}) for _ in range(setup.rounds) for phase, order in orders.items()]
+    turns = [(phase, {"phase": phase, **order}) for _ in range(setup.rounds) for phase, order in orders.items()]
     alive = list(engines)
     for turn, order in turns:
         for engine in list(alive):
@@ -231,18 +260,17 @@ def _measure(
                 alive.remove(engine)
                 skipped.append({"engine": engine.name, "why": str(problem)})
                 continue
-            if turn in orders:
-                each = found["seconds"] / (setup.prompt if turn == "prefill" else 1)
-                seconds.setdefault((engine.name, turn), []).append(each)
-                peaks[engine.name] = found["peak_rss_bytes"]
-                progress.advance(f"{engine.name} {turn}")
+            each = found["seconds"] / (setup.prompt if turn == "prefill" else 1)
+            seconds.setdefault((engine.name, turn), []).append(each)
+            peaks[engine.name] = found["peak_rss_bytes"]
+            progress.advance(f"{engine.name} {turn}")
     return [
         {
             "engine": engine.name, "phase": phase, "tokens": order["tokens"],
             "tokens_per_second": 1 / statistics.median(seconds[engine.name, phase]),
             "spread": max(seconds[engine.name, phase]) / min(seconds[engine.name, phase]),
             "bytes_per_token": engine.holds["bytes_per_token"], "file_bytes": engine.holds["file_bytes"],
-            "peak_rss_bytes": peaks[engine.name],
+            "peak_rss_bytes": peaks[engine.name], "note": engine.note,
         }
         for phase, order in orders.items()
         for engine in alive

@@ -24,6 +24,8 @@ def bench_text(result: Mapping[str, Any]) -> str:
             for row in rows
         ]  # fmt: skip
         parts.append(f"{phase} ({what})\n\n{table(head, cells, right=range(1, 6))}")
+    noted = {row["engine"]: row["note"] for row in result["rows"] if row["note"]}
+    parts += [wrap(f"{engine}: {note}.") for engine, note in noted.items()]
     parts += [wrap(f"Skipped: {item['engine']}: {item['why']}") for item in result["skipped"]]
     parts.append(
         wrap(

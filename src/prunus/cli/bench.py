@@ -35,8 +35,8 @@ BENCH = {
         "--against NAMES",
         WHAT,
         "Baselines, by commas: hf-fp32, hf-bf16 (transformers), dense-fp32, dense-bf16, dense-int8 (our own loop with "
-        "the zeros in place), llama.cpp (F16, Q8_0 and Q4_0). One that is not installed is named and skipped. "
-        "Default: hf-fp32,hf-bf16,dense-int8,llama.cpp.",
+        "the zeros in place), llama.cpp (F16, Q8_0 and Q4_0), llama.cpp-k (Q3_K_M and Q2_K). One that is not installed "
+        "is named and skipped. Default: hf-fp32,hf-bf16,dense-int8,llama.cpp.",
     ),
     "values": option(
         "--values KIND", WHAT, "What an ordinary folder is packed as: lossless, bf16, int8 or int4. Default: int8."

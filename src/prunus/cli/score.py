@@ -31,7 +31,12 @@ Data = Annotated[
 ]
 SCORE = {
     "baseline": option("--baseline MODEL", WHAT, "Score this model too, on the same items: usually the dense one."),
-    "preamble": option("--preamble FILE", WHAT, "Text to put before every item, such as examples. Default: none."),
+    "preamble": option(
+        "--preamble FILE",
+        WHAT,
+        "Text to put before every item, such as examples; none: nothing. Default: as published, six answered questions "
+        "before those of TruthfulQA and nothing for FACTOR.",
+    ),
     "limit": option("--limit N", WHAT, "Only the first N items, at least 1. Default: all."),
     "dola": option(
         "--dola LAYERS", WHAT, "Premature layers: low, high, or numbers such as 16,18 or 16-30:2. Default: high."
@@ -76,8 +81,9 @@ def score(
             compat=given.pop("compat", "exact"),
         )
         limit = numbers({"limit": given.pop("limit", None)} if "limit" in given else {}, {"limit": int}).get("limit")
-        preamble, file = "", given.pop("preamble", None)
-        if file is not None:
+        file = given.pop("preamble", None)
+        preamble: str | None = "" if file == "none" else None
+        if file is not None and file != "none":
             try:
                 preamble = Path(file).read_text("utf-8").rstrip("\n") + "\n\n"
             except (OSError, UnicodeDecodeError) as problem:
@@ -107,7 +113,8 @@ def text(result: Mapping[str, Any]) -> str:
     tokens = sum(result["chosen"].values()) or 1
     chosen = ", ".join(f"{layer}: {count / tokens:.0%}" for layer, count in result["chosen"].items())
     below = (
-        f"{result['task']}, {result['items']} items, mean ± standard error. Premature layers "
+        f"{result['task']}, {result['items']} items, {result['preamble']} preamble, mean ± standard error. Premature "
+        f"layers "
         f"{', '.join(map(str, dola['candidates']))} ({dola['norm']} norm, {dola['compat']}); chosen {chosen}."
     )
     body = table(("model", "scores", *names), rows, right=tuple(range(2, 2 + len(names))))

@@ -93,7 +93,10 @@ def plan(
     if restart:
         for file in {order.dense for order in orders if order.dense}:
             Path(file).unlink(missing_ok=True)
-    write(out / RECORD, {"format": 1, "rows": [{"name": order.name, "dense": order.dense} for order in orders]})
+    record = [
+        {"name": order.name, "dense": order.dense, "key": order.key, "recipe": dict(order.recipe)} for order in orders
+    ]
+    write(out / RECORD, {"format": 1, "rows": record})
     return orders, rows
 
 
@@ -128,7 +131,10 @@ def end(out: Path, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     notes: list[str] = []
     result = {"out": str(out), "rows": lines, "counts": counts, "table": str(out / TABLE), "report": None}
     record = read(out / RECORD)
-    write(out / RECORD, {**record, "table": lines})
+    # A row that could not begin has no folder to say why in; an older row of its name may have one.
+    failures = {row["name"]: row["why"] for row in rows if row["status"] == "failed"}
+    known = [{**row, "failed": failures.get(row["name"])} for row in record["rows"]]
+    write(out / RECORD, {**record, "rows": known, "table": lines})
     try:
         from prunus.webpage.write import write_page
 

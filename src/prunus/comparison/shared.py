@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass, field
 from hashlib import sha256
+from importlib.metadata import version
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +19,7 @@ from prunus.evaluation.tasks import prepare
 from prunus.evaluation.windows import Windows, choose, cut
 from prunus.models.source import locate
 from prunus.recipe import Recipe
+from prunus.versions import decisive
 
 
 @dataclass
@@ -38,11 +41,11 @@ class Shared:
         return digest({
             "model": self._identity(recipe), "name": recipe.model, "asked": part.asked(), "device": recipe.device,
             "dtype": recipe.dtype, "text": None if part.text == "none" else self._hash(part.text, "evaluation"),
-            "tasks": fingerprint(part.task_data, part.tasks),
+            "tasks": fingerprint(part.task_data, part.tasks), "versions": judging(bool(part.tasks)),
         })  # fmt: skip
 
     def row_key(self, recipe: Recipe) -> str:
-        """What a row depends on: its recipe, the files that it names, the questions and the dense model."""
+        """What a row depends on: its recipe, the files that it names, versions, the questions and the dense model."""
         from prunus.job import named_files
 
         return digest({
@@ -86,6 +89,11 @@ class Shared:
         if key not in self.hashes:
             self.hashes[key] = None if on_hub(source) else read(source, purpose=purpose).sha256
         return self.hashes[key]
+
+
+def judging(tasks: bool) -> dict[str, str]:
+    """Versions under which numbers compare; with tasks, that of lm-eval too."""
+    return decisive() | ({"lm_eval": version("lm_eval")} if tasks and find_spec("lm_eval") else {})
 
 
 def digest(value: Any) -> str:

@@ -16,7 +16,7 @@ from prunus.decoding.dola.options import Dola
 from prunus.decoding.dola.score import Score, Scoring, encode, score
 from prunus.decoding.dola.states import Layers
 from prunus.errors import CalibrationError, RecipeError
-from prunus.evaluation.factual_data import Item, read_items
+from prunus.evaluation.factual_data import SOURCES, Item, read_items
 from prunus.evaluation.loading import load_model
 from prunus.models.source import locate, read_config
 from prunus.progress import Progress, Silent
@@ -33,7 +33,7 @@ def judge(  # noqa: PLR0913 - one argument for each thing that is part of the re
     how: Dola | None = None,
     *,
     baseline: str | Path | None = None,
-    preamble: str = "",
+    preamble: str | None = None,
     limit: int | None = None,
     machine: dict[str, Any] | None = None,
     progress: Progress | None = None,
@@ -46,14 +46,16 @@ def judge(  # noqa: PLR0913 - one argument for each thing that is part of the re
         folder: holds the data.
         how: DoLa's layers, norm and compat; `relative_top` is the task's own (0 for TruthfulQA, 0.1 for FACTOR).
         baseline: judged first on the same items, usually the dense model.
-        preamble: text before every item, such as examples.
+        preamble: text before every item, such as examples; None: what the published evaluation puts there, which is
+            six questions for TruthfulQA and nothing for FACTOR.
         limit: only the first so many items.
         machine: `device`, `dtype`, `trust_remote_code`.
         progress: told after each item.
 
     Returns:
-        A JSON object: model, task, items, dola, plain and contrasted (each metric → {mean, stderr}), gain (contrasted
-        minus plain, paired), chosen (layer → tokens), seconds, versions and, where asked, baseline.
+        A JSON object: model, task, items, preamble (published, own or none), dola, plain and contrasted (each metric →
+        {mean, stderr}), gain (contrasted minus plain, paired), chosen (layer → tokens), seconds, versions and, where
+        asked, baseline.
 
     Raises:
         PrunusError: data, model or layers that cannot be used.
@@ -63,6 +65,8 @@ def judge(  # noqa: PLR0913 - one argument for each thing that is part of the re
     items = read_items(task, folder, preamble=preamble, limit=limit)
     relative_top, scoring = SETTINGS[task.partition("_")[0]]
     how = replace(how or Dola(), relative_top=relative_top)
+    chosen = SOURCES[task].preamble if preamble is None else preamble
+    before = ("published" if chosen == SOURCES[task].preamble else "own") if chosen else "none"
     results = []
     for name in [str(model)] if baseline is None else [str(baseline), str(model)]:
         place = locate(name, trust_remote_code=bool(machine and machine.get("trust_remote_code")))
@@ -75,7 +79,8 @@ def judge(  # noqa: PLR0913 - one argument for each thing that is part of the re
         )
         layers = how.candidates(len(found.blocks), tied=found.tied)
         results.append(
-            {"model": name, "task": task, "items": len(items), "dola": asdict(how) | {"candidates": layers}}
+            {"model": name, "task": task, "items": len(items), "preamble": before}
+            | {"dola": asdict(how) | {"candidates": layers}}
             | _summary(items, scores)
             | {"seconds": time.perf_counter() - begun, "versions": decisive()}
         )
@@ -111,7 +116,7 @@ def _scores(
     progress: Progress, stage: str,
 ) -> list[dict[str, Score]]:  # fmt: skip
     progress.stage(stage, len(items))
-    made = []
+    asked = []
     for number, item in enumerate(items, 1):
         texts = list(
             dict.fromkeys([*item.true, *item.false, *((item.single[0], *item.single[1]) if item.single else ())])
@@ -119,7 +124,13 @@ def _scores(
         sequences = [encode(tokenizer, item.prefix, text) for text in texts]
         longest = max(len(ids) for ids, _ in sequences)
         if longest > limit:
-            raise CalibrationError(f"Item {number} has {longest} tokens, more than the model's {limit} positions.")
+            raise CalibrationError(
+                f"Item {number} has {longest} tokens, more than the model's {limit} positions. Leave examples out by "
+                "--preamble none, stop before it by --limit, or take a model with a longer context."
+            )
+        asked.append((texts, sequences))
+    made = []
+    for texts, sequences in asked:
         made.append(dict(zip(texts, score(found, sequences, how, scoring), strict=True)))
         progress.advance()
     return made

@@ -95,6 +95,9 @@ def evaluate(  # noqa: PLR0913 - one argument for each thing that is part of the
         raise RecipeError("With the text 'none' there is nothing to measure; name tasks, or a text.")
     reading = None if text == NO_TEXT else read(text, purpose="evaluation")
     notes: list[str] = []
+    idle = [name for name, value in (("limit", limit), ("task_data", task_data)) if value is not None and not tasks]
+    if idle:
+        raise RecipeError(f"{idle[0]} is about benchmark tasks and there are none; name tasks, or leave it out.")
     if baseline is None and tasks:
         baseline = known_dense(model, notes, trust_remote_code)
     baseline = None if baseline == NO_TEXT else baseline

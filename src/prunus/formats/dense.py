@@ -17,7 +17,10 @@ SHARD = 1 << 30  # bytes collected before a file is written
 
 @dataclass(frozen=True)
 class Dense:
-    """The Hugging Face folder that a packed one was made of; every bit of it, if the values were kept exactly."""
+    """The Hugging Face folder that a packed one was made of; every bit of it, if the values were kept exactly.
+
+    With the orders of columns that pruning found: packed again, it is what it was.
+    """
 
     line: str = "the Hugging Face folder that a packed one was made of"
     suffix: str | None = None
@@ -28,6 +31,7 @@ class Dense:
         """See `Format.write`."""
         from prunus.models.checkpoint import INDEX, Checkpoint
         from prunus.models.source import is_packed
+        from prunus.output import ORDERS
         from prunus.packed.folder import PackedFolder
         from prunus.packed.writing import copy_files, save_readable
 
@@ -51,6 +55,9 @@ class Dense:
         if waiting:
             flush()
         copy_files(source, out, packed=False)
+        orders = packed.orders()
+        if orders:
+            save_readable(orders, out / ORDERS)
         total = sum(Checkpoint.of_shard(out / file).bytes for file in sorted(set(where.values())))
         index = {"metadata": {"total_size": total}, "weight_map": where}
         (out / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")

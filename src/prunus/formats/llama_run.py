@@ -15,6 +15,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from prunus.errors import FormatError
+from prunus.formats.llama_model import leave_unpacked
 
 CONTEXT = 256
 
@@ -70,15 +71,7 @@ def _begins(model: Any) -> bool:
 
 def _open(llama_cpp: Any, file: str) -> Any:
     """The model with exact arithmetic where there is a choice: a cache in float32, no weights repacked."""
-    defaults = llama_cpp.llama_cpp.llama_model_default_params
-
-    def plain() -> Any:
-        params = defaults()
-        # Repacked weights use instructions (AMX) that some virtual machines announce and do not allow.
-        params.use_extra_bufts = False
-        return params
-
-    llama_cpp.llama_cpp.llama_model_default_params = plain
+    leave_unpacked(llama_cpp)
     return llama_cpp.Llama(
         file, n_ctx=CONTEXT, n_batch=CONTEXT, logits_all=True, verbose=False, type_k=0, type_v=0, n_threads=1
     )

@@ -124,6 +124,14 @@ class PackedFolder:
         check(packed, name)
         return packed
 
+    def orders(self) -> dict[str, Tensor]:
+        """Name -> order of the columns, int32 `[columns]`, of the packed matrices that have one.
+
+        Raises:
+            FormatError: as `read`.
+        """
+        return {name: self._part(name, "order", entry) for name, entry in self.entries.items() if entry.order}
+
     def dense(self, name: str) -> Tensor:
         """One tensor as it is in the Hugging Face folder: its shape, its dtype.
 

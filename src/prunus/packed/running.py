@@ -11,6 +11,7 @@ from torch import Tensor
 from transformers import GenerationConfig, PreTrainedConfig
 from transformers.generation.logits_process import (
     LogitsProcessorList,
+    MinPLogitsWarper,
     RepetitionPenaltyLogitsProcessor,
     SuppressTokensLogitsProcessor,
     TemperatureLogitsWarper,
@@ -27,10 +28,17 @@ from prunus.runtime.engine import Engine
 
 # Arguments of `generate` that it takes as transformers does; those below have one value that means "as it is".
 TAKEN = (
-    *("max_new_tokens", "max_length", "do_sample", "temperature", "top_p", "top_k", "repetition_penalty"),
+    *("max_new_tokens", "max_length", "do_sample", "temperature", "top_p", "top_k", "min_p", "repetition_penalty"),
     *("suppress_tokens", "eos_token_id", "pad_token_id", "streamer", "generator"),
 )
 FIXED = {"num_beams": 1, "num_return_sequences": 1, "use_cache": True, "return_dict_in_generate": False}
+# Of a generation config: what no token of a single greedy or drawn text depends on, such as the settings of beams.
+IDLE = (
+    *("bos_token_id", "decoder_start_token_id", "transformers_version", "use_cache", "cache_implementation"),
+    *("cache_config", "compile_config", "disable_compile", "length_penalty", "early_stopping", "diversity_penalty"),
+    *("num_beam_groups",),
+)
+ONE = ("typical_p", "encoder_repetition_penalty")  # that do nothing where they are 1; the rest where they are 0 or none
 
 
 class PackedModel:
@@ -88,35 +96,57 @@ class PackedModel:
         Args:
             input_ids: int64 `[texts, tokens]`, without padding.
             attention_mask: ones.
-            **options: of `TAKEN`; the rest comes from the model's generation config.
+            **options: of `TAKEN`; the rest comes from the model's generation config. A `streamer` is given the prompt
+                first, then token by token, and takes a single text.
 
         Raises:
-            RecipeError: an argument that this engine lacks, or more tokens than the context holds.
+            RecipeError: an argument or a setting of the generation config that this engine lacks, no new token asked
+                for, or more tokens than the context holds.
         """
         _refuse_masked(attention_mask)
         _refuse_unknown({key: value for key, value in options.items() if FIXED.get(key, ...) != value}, TAKEN)
-        given = self.generation_config.to_dict() | {key: value for key, value in options.items() if key in TAKEN}
-        prompt = input_ids.shape[1]
-        length = given.get("max_new_tokens") or (given.get("max_length") or prompt + 20) - prompt
-        generator = given.get("generator")
+        given = self._settings(options)
+        length = _length(given, options, input_ids.shape[1])
+        generator, streamer = given.get("generator"), given.get("streamer")
+        if streamer is not None:
+            if len(input_ids) > 1:
+                raise RecipeError(f"A streamer shows one text, and there are {len(input_ids)}; give them one by one.")
+            streamer.put(input_ids.cpu())
         choose = processors(given)
         ends = _ends(given.get("eos_token_id"))
         rows = []
         for row in input_ids:
             ids = row.tolist()
-            for token in self._tokens(ids, int(length), choose, bool(given.get("do_sample")), generator):
+            for token in self._tokens(ids, length, choose, bool(given.get("do_sample")), generator):
                 ids.append(token)
-                if options.get("streamer") is not None:
-                    options["streamer"].put(torch.tensor([token]))
+                if streamer is not None:
+                    streamer.put(torch.tensor([token]))
                 if token in ends:
                     break
             rows.append(ids)
-        if options.get("streamer") is not None:
-            options["streamer"].end()
+        if streamer is not None:
+            streamer.end()
         pad = given.get("pad_token_id")
-        fill = min(ends, default=0) if pad is None else int(pad)
+        # As transformers does: the first of the ids that end a text.
+        fill = (ends[0] if ends else 0) if pad is None else int(pad)
         longest = max(len(row) for row in rows)
         return torch.tensor([row + [fill] * (longest - len(row)) for row in rows])
+
+    def _settings(self, options: dict[str, Any]) -> dict[str, Any]:
+        """The generation config under what was given to the call.
+
+        Raises:
+            RecipeError: the config asks for something that this engine lacks and the call does not take it back.
+        """
+        given = {name: value for name, value in self.generation_config.to_dict().items() if value is not None} | options
+        for key, value in given.items():
+            nothing = not value or value == FIXED.get(key, 1.0 if key in ONE else None)
+            if not (nothing or key in TAKEN or key in IDLE or key.startswith("_")):
+                raise RecipeError(
+                    f"The model's generation_config.json asks for {key}={value!r}, which the packed engine does not "
+                    f"do. Take {key} out of the file, or generate with transformers."
+                )
+        return given
 
     def stream(self, ids: Sequence[int], how: Sampling) -> Iterator[int]:
         """See `decoding.Engine.stream`."""
@@ -152,6 +182,25 @@ class PackedModel:
                 logits = self.engine.step(token)
 
 
+def _length(given: dict[str, Any], options: dict[str, Any], prompt: int) -> int:
+    """New tokens at most: what the call says before what the config says; 20 where neither does, as transformers.
+
+    Raises:
+        RecipeError: none.
+    """
+    own = options if options.get("max_new_tokens") is not None or options.get("max_length") is not None else given
+    name = "max_new_tokens" if own.get("max_new_tokens") is not None else "max_length"
+    if own.get(name) is None:
+        return 20
+    length = int(own[name]) - (0 if name == "max_new_tokens" else prompt)
+    if length < 1:
+        raise RecipeError(
+            f"{name}={own[name]} leaves no new token behind a prompt of {prompt} tokens; ask for at least 1, by "
+            "max_new_tokens."
+        )
+    return length
+
+
 def _pick(scores: Tensor, draw: bool, generator: torch.Generator | None) -> int:
     if not draw:
         return int(scores.argmax())
@@ -172,6 +221,8 @@ def processors(options: dict[str, Any]) -> LogitsProcessorList:
             found.append(TopKLogitsWarper(int(options["top_k"])))
         if (options.get("top_p") or 1.0) < 1.0:
             found.append(TopPLogitsWarper(float(options["top_p"])))
+        if options.get("min_p") is not None:
+            found.append(MinPLogitsWarper(float(options["min_p"])))
     return found
 
 
@@ -183,7 +234,7 @@ def open_model(folder: Path, values: str = "lossless", context: int | None = Non
     """
     config = read_config(folder)
     engine = Engine(config.get_text_config(), engine_weights(folder, values), context=context)
-    generation = GenerationConfig()
+    generation = GenerationConfig.from_model_config(config)
     if (folder / "generation_config.json").is_file():
         generation = GenerationConfig.from_pretrained(folder)
     return PackedModel(engine, config, generation)
@@ -200,5 +251,5 @@ def _refuse_masked(mask: Tensor | None) -> None:
         raise RecipeError("The packed engine reads every token: give texts of one length, without padding.")
 
 
-def _ends(ids: int | list[int] | None) -> frozenset[int]:
-    return frozenset() if ids is None else frozenset([ids] if isinstance(ids, int) else ids)
+def _ends(ids: int | list[int] | None) -> list[int]:
+    return [] if ids is None else [ids] if isinstance(ids, int) else list(ids)

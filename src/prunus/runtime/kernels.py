@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from prunus.errors import FormatError
-from prunus.packed.matrix import GROUP, PackedMatrix, QuantizedMatrix
 from prunus.packed.matrix import KINDS as DTYPES
+from prunus.packed.matrix import PackedMatrix, QuantizedMatrix
 from prunus.runtime.native import Native, PackedStruct
 
 KINDS = {name: number for number, name in enumerate(DTYPES)}
@@ -125,22 +125,6 @@ class DenseLinear(Handle):
         status = native.library.prunus_dense(ctypes.byref(struct), ctypes.byref(pointer))
         native.check(status, f"A dense matrix {tuple(values.shape)}")
         super().__init__(rows, columns, native, pointer.value)
-
-
-def quantize(weight: Tensor) -> QuantizedMatrix:
-    """A dense matrix `[rows, columns]` rounded to the nearest of 255 steps, one scale per row and 128 columns."""
-    groups = _groups(weight.detach().to("cpu", torch.float32))
-    scales = (groups.abs().amax(-1) / 127).half()
-    # float16 rounds to nearest: where it went down, the largest weight would be more than 127 steps; they are clamped.
-    steps = groups / scales.float().clamp(min=torch.finfo(torch.float16).tiny).unsqueeze(-1)
-    codes = steps.round().clamp(-127, 127).to(torch.int8).flatten(1)
-    return QuantizedMatrix(codes[:, : weight.shape[1]].contiguous(), scales)
-
-
-def _groups(weight: Tensor) -> Tensor:
-    """[rows, groups, 128], zeros behind the last column."""
-    padding = -weight.shape[1] % GROUP
-    return torch.nn.functional.pad(weight, (0, padding)).unflatten(1, (-1, GROUP))
 
 
 def _tensors(packed: PackedMatrix) -> dict[str, Tensor | None]:

@@ -15,6 +15,7 @@ from prunus.runtime.native import open_native
 from prunus.runtime.plan import NotCovered
 
 TOKENS = 24
+BEGUN = 3  # of them, read as a prompt before single steps
 VOCABULARY = 160
 WINDOW = 7  # shorter than the text, so that windows are tried
 TOLERANCE = 1e-4  # of the largest logit; both are float32
@@ -44,12 +45,20 @@ def _probe(kind: type[PreTrainedConfig], text: str) -> str:
         with torch.no_grad():
             theirs = model(input_ids=ids, use_cache=False).logits[0]
         engine = Engine(model.config, dict(model.state_dict()), native=open_native("", 1), context=TOKENS, verify=False)
-        ours = engine.prefill(ids, every=True)
+        ours = {"a prompt": engine.prefill(ids, every=True)}
+        # One by one, behind a short prompt: other kernels, and windows that move with every token.
+        engine.reset()
+        first = engine.prefill(ids[:, :BEGUN], every=True)
+        ours["single tokens"] = torch.cat([first, *(engine.step(token)[None] for token in ids[0, BEGUN:].tolist())])
     except NotCovered as problem:
         return str(problem)
-    error = float((ours - theirs).abs().max() / theirs.abs().max())
-    if not error < TOLERANCE:
-        return f"The engine computes other logits than transformers for {config.model_type} (off by {error:.1%})."
+    for what, logits in ours.items():
+        error = float((logits - theirs).abs().max() / theirs.abs().max())
+        if not error < TOLERANCE:
+            return (
+                f"The engine computes other logits than transformers for {config.model_type} (off by {error:.1%}, "
+                f"reading {what})."
+            )
     return ""
 
 

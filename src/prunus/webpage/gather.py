@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,12 +20,13 @@ class Run:
     Attributes:
         name: in tables and legends.
         recipe: resolved.
-        status: done, collapsed or failed.
-        why: for the last two, or what the evaluation noted.
+        status: done, collapsed, failed, or open: of a comparison that has not come to it yet.
+        why: for the last three, or what the evaluation noted.
         prune: what `prune` returned.
         evaluate: what `evaluate` returned, the dense model's under `baseline`.
         bench: sizes and speeds that a benchmark left, by name.
         fingerprint: hashes of what the run depended on.
+        shown: the dense model's name where its own would mean two models.
     """
 
     name: str
@@ -36,6 +37,7 @@ class Run:
     evaluate: Data = field(default_factory=dict)
     bench: Data = field(default_factory=dict)
     fingerprint: Data = field(default_factory=dict)
+    shown: str = ""
 
     @property
     def part(self) -> Data:
@@ -45,7 +47,13 @@ class Run:
     @property
     def model(self) -> str:
         """The dense model, of a path the last part."""
-        return Path(str(self.recipe.get("model", "?"))).name
+        return self.shown or Path(str(self.recipe.get("model", "?"))).name
+
+    @property
+    def asked(self) -> tuple[str, ...]:
+        """What must be equal for two perplexities of one model to compare: model, text, windows and length."""
+        found = self.evaluate
+        return (str(self.recipe.get("model")), *(str(found.get(key)) for key in ("text", "windows", "length")))
 
     @property
     def dense(self) -> Data:
@@ -86,6 +94,7 @@ class Run:
         words += [str(part[key]) for key in ("metric", "update") if part.get(key)]
         words += [str(part["pattern"])] if ":" in str(part.get("pattern", "")) else []
         words += [str(part["allocation"])] if part.get("allocation", "uniform") != "uniform" else []
+        words += list(self.prune.get("recovered", ()))
         return " + ".join(words)
 
 
@@ -106,16 +115,31 @@ def gather(folders: Sequence[Path]) -> list[Run]:
                 f"{folder} holds neither prunus.json nor comparison.json; give a folder that `prunus prune`, `prunus "
                 "run` or `prunus compare` made."
             )
-    if not runs:
+    if all(run.status == "open" for run in runs):
         raise RecipeError(f"{folders[0]} holds no finished row yet; run the comparison first.")
-    return runs
+    return told_apart(runs)
+
+
+def told_apart(runs: Sequence[Run]) -> list[Run]:
+    """The same runs; models of different places that end alike get numbers: `out (1)`, `out (2)`."""
+    places: dict[str, list[str]] = {}
+    for run in runs:
+        same = places.setdefault(run.model, [])
+        if str(run.recipe.get("model")) not in same:
+            same.append(str(run.recipe.get("model")))
+
+    def shown(run: Run) -> str:
+        same = places[run.model]
+        return f"{run.model} ({same.index(str(run.recipe.get('model'))) + 1})" if len(same) > 1 else ""
+
+    return [replace(run, shown=shown(run)) for run in runs]
 
 
 def of_folder(folder: Path) -> Run:
     """A pruned model with what lies beside it."""
     record = read(folder / "prunus.json")
     evaluated = read(folder / "evaluation.json").get("result") or {}
-    recipe, result = _mapping(record, "recipe"), _mapping(record, "result")
+    recipe, result = _made(record)
     notes = "; ".join(str(note) for note in evaluated.get("notes", ()))
     return Run(
         folder.resolve().name, recipe, "done", notes, result, evaluated, read(folder / "bench.json"),
@@ -123,13 +147,35 @@ def of_folder(folder: Path) -> Run:
     )  # fmt: skip
 
 
+def _made(record: Data) -> tuple[Data, Data]:
+    """Recipe and result of a record; of a recovered folder those of the pruning, with what the recovery changed."""
+    recipe, result = _mapping(record, "recipe"), _mapping(record, "result")
+    if "pruned" not in record:
+        return recipe, result
+    first, before = _made(_mapping(record, "pruned"))
+    reached = result.get("sparsity")
+    blocks = [{key: block[key] for key in ("name", "sparsity")} for block in before.get("blocks") or ()]
+    shares = {"sparsity": {"reached": reached if isinstance(reached, float) else None}}
+    size = {"size": {**_mapping(before, "size"), **_mapping(result, "size")}}
+    # Errors by block are of the pruned blocks; their sparsity is still theirs.
+    found = {**before, **result, **shares, **size, "blocks": blocks}
+    found["recovered"] = [*before.get("recovered", ()), str(result.get("method", "?"))]
+    own = {"recover": recipe.get("recover")}
+    return ({**first, **own} if first else {**recipe, "prune": {}}), found
+
+
 def of_comparison(folder: Path) -> list[Run]:
-    """The rows of a comparison, those that failed too."""
+    """The rows of a comparison as it was last asked for, those that failed or are still to come too."""
     runs = []
     for row in read(folder / "comparison.json").get("rows", ()):
         place = folder / "runs" / str(row["name"])
         found = read(place / "result.json")
-        if not found:
+        if row.get("failed"):
+            runs.append(Run(str(row["name"]), _mapping(row, "recipe"), "failed", str(row["failed"])))
+            continue
+        if not found or row.get("key", found.get("key")) != found.get("key"):
+            # Nothing, or what another recipe or version left in a folder of this name.
+            runs.append(Run(str(row["name"]), _mapping(row, "recipe"), "open", "not made yet; compare again"))
             continue
         evaluated = found.get("evaluate") or {}
         why = found.get("why") or "; ".join(str(note) for note in evaluated.get("notes", ()))

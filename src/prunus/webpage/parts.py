@@ -58,9 +58,10 @@ def dot(run: Run, runs: Sequence[Run]) -> str:
     return f'<span class="dot" style="--c: var(--series-{index})"></span>'
 
 
-def denses(runs: Sequence[Run]) -> dict[str, Mapping[str, Any]]:
-    """The dense evaluation of each model that has one, by the model's name."""
-    return {run.model: run.dense for run in reversed(runs) if run.dense}
+def denses(runs: Sequence[Run]) -> list[tuple[str, Mapping[str, Any]]]:
+    """Model and dense evaluation, one for each model and way of asking that has one."""
+    found = {run.asked: (run.model, run.dense) for run in reversed(runs) if run.dense}
+    return list(reversed(found.values()))
 
 
 def overview(runs: Sequence[Run]) -> str:
@@ -71,11 +72,11 @@ def overview(runs: Sequence[Run]) -> str:
     head += [("", "allocation")] * divided + [("wrap", "")] * noted
     rows = [
         ("dense", [f"dense {esc(model)}", NONE, number(one.get("perplexity")), "1.00", *[""] * (divided + noted)])
-        for model, one in denses(runs).items()
+        for model, one in denses(runs)
     ]
     best = best_runs(runs)
     for run in runs:
-        kind = "best" if run.name in best else ""
+        kind = "best" if any(run is one for one in best) else ""
         cells = [dot(run, runs) + esc(run.name), NONE if run.reached is None else share(run.reached)]
         cells += [f'<span class="{kind}">{number(value)}</span>' for value in (run.perplexity, run.ratio)]
         cells += [esc(run.part.get("allocation", ""))] * divided + [remark(run)] * noted
@@ -90,23 +91,30 @@ def remark(run: Run) -> str:
     return f'<span class="warn">{esc(run.why.partition(":")[0])}</span>'
 
 
-def best_runs(runs: Sequence[Run]) -> set[str]:
-    """Names of the runs with the lowest ratio among those that were to remove as much; none where there is no rival."""
-    found: dict[tuple[str, float], list[Run]] = {}
+def best_runs(runs: Sequence[Run]) -> list[Run]:
+    """The runs with the lowest perplexity, each among those that removed as much and were asked the same.
+
+    None where there is no rival, or where two share the lowest. A run that collapsed is a rival, but never the best.
+    """
+    found: dict[tuple[Any, ...], list[Run]] = {}
     for run in runs:
         if run.ratio is not None and run.reached is not None:
-            # Counts are rounded down within rows for some patterns; what was asked for is what compares.
-            found.setdefault((run.model, run.part.get("sparsity", run.reached)), []).append(run)
-    return {min(rivals, key=lambda run: run.ratio or 0).name for rivals in found.values() if len(rivals) > 1}
+            # Counts are rounded down within rows for some patterns, so what is shown as equal is taken as equal.
+            found.setdefault((run.asked, share(run.reached)), []).append(run)
+    best = []
+    for rivals in found.values():
+        first, *others = sorted(rivals, key=lambda run: run.ratio or 0)
+        if others and first.status == "done" and (others[0].ratio or 0) > (first.ratio or 0):
+            best.append(first)
+    return best
 
 
 def facts(runs: Sequence[Run]) -> str:
     """The few numbers that a reader wants first, as cards."""
     cards: list[tuple[str, str, str]] = []
-    for model, one in denses(runs).items():
+    for model, one in denses(runs):
         if one.get("perplexity") is not None:
             cards.append((f"dense {model}", number(one["perplexity"]), "perplexity"))
-    rated = [run for run in runs if run.ratio is not None and run.reached is not None]
     if len(runs) == 1:
         run = runs[0]
         cards += [] if run.reached is None else [("removed", share(run.reached), "of the blocks' weights")]
@@ -115,10 +123,11 @@ def facts(runs: Sequence[Run]) -> str:
         seconds = (run.prune.get("seconds") or {}).get("total")
         cards += [] if seconds is None else [("took", clock(seconds), "minutes and seconds")]
     else:
-        best = sorted((run for run in rated if run.name in best_runs(runs)), key=lambda run: run.reached or 0)
+        best = sorted(best_runs(runs), key=lambda run: run.reached or 0)
+        several = len({run.model for run in runs}) > 1
         cards += [
             (
-                f"best at {share(run.part.get('sparsity', run.reached or 0))}",
+                f"best at {share(run.reached or 0)}" + (f", {run.model}" if several else ""),
                 f"{run.ratio:.3g}×",
                 f"dense perplexity, by {run.series}",
             )
@@ -196,7 +205,8 @@ def speeds(runs: Sequence[Run]) -> str:
 
 def samples(runs: Sequence[Run]) -> str:
     """What each model writes, the dense ones first."""
-    said = [("dense", f"dense {model}", one["sample"]) for model, one in denses(runs).items() if one.get("sample")]
+    texts = dict.fromkeys((model, one["sample"]) for model, one in denses(runs) if one.get("sample"))
+    said = [("dense", f"dense {model}", text) for model, text in texts]
     said += [("", run.name, run.evaluate["sample"]) for run in runs if run.evaluate.get("sample")]
     items = "".join(f'<div class="{kind}"><b>{esc(name)}</b><q>{esc(text)}</q></div>' for kind, name, text in said)
     return f'<div class="samples">{items}</div>' if said else ""

@@ -143,8 +143,9 @@ def title(runs: Sequence[Run]) -> str:
 
 def lead(runs: Sequence[Run]) -> str:
     """One or two sentences that tell the outcome."""
-    broken = [run for run in runs if run.status != "done"]
-    rated = [run for run in runs if run.ratio is not None and run.reached is not None]
+    open_ = sum(run.status == "open" for run in runs)
+    broken = [run for run in runs if run.status in ("failed", "collapsed")]
+    rated = [run for run in runs if run.ratio is not None and run.reached is not None and run.status == "done"]
     words = []
     if len(rated) == 1:
         run = rated[0]
@@ -155,11 +156,13 @@ def lead(runs: Sequence[Run]) -> str:
     elif rated:
         good = [run for run in rated if (run.ratio or 0) <= 1.1]
         most = max(good, key=lambda run: run.reached or 0, default=None)
+        least = min(rated, key=lambda run: run.ratio or 0)
         words.append(
-            f"The most that was removed for at most 10 % more perplexity: {share(most.reached or 0)}, by {most.name}."
+            f"The most that was removed for at most 10 % more perplexity: {share(most.reached or 0)}, by "
+            f"{_of(most, runs)}."
             if most is not None
-            else f"None stays within 10 % of the dense perplexity; {min(rated, key=lambda one: one.ratio or 0).name} "
-            f"comes nearest, at {min(run.ratio or 0 for run in rated):.3g} times."
+            else f"None stays within 10 % of the dense perplexity; {_of(least, runs)} comes nearest, at "
+            f"{least.ratio:.3g} times."
         )
     if not any(run.perplexity is not None or run.scores for run in runs) and not broken:
         words.append(
@@ -167,7 +170,14 @@ def lead(runs: Sequence[Run]) -> str:
         )
     if broken:
         words.append(f"{len(broken)} of {len(runs)} did not come to an end; the table says why.")
+    if open_:
+        words.append(f"{open_} of {len(runs)} are still to be made.")
     return " ".join(words)
+
+
+def _of(run: Run, runs: Sequence[Run]) -> str:
+    """A run's name, with its model where there are several."""
+    return f"{run.name} on {run.model}" if len({one.model for one in runs}) > 1 else run.name
 
 
 def text_note(runs: Sequence[Run]) -> str:
@@ -178,9 +188,10 @@ def text_note(runs: Sequence[Run]) -> str:
         for run in runs
         if run.perplexity is not None
     }
+    bold = "Bold: the lowest of a model's runs that removed as much."
     if len(notes) > 1:
-        return "The perplexities below are of different texts or windows and do not compare; see each recipe."
-    return f"{notes.pop()}; lower is better. Bold: the best among those that removed as much." if notes else ""
+        return f"Perplexities of different texts or windows stand below and do not compare; see each recipe. {bold}"
+    return f"{notes.pop()}; lower is better. {bold}" if notes else ""
 
 
 def task_note(runs: Sequence[Run]) -> str:

@@ -9,6 +9,9 @@ from torch import Tensor
 
 from prunus.decoding.dola.options import Dola
 
+# Log-probability of a token that a layer rules out: its probability is 0, and 0 * NEVER is, where 0 * inf is no number.
+NEVER = -1e4
+
 
 def jensen_shannon(mature: Tensor, premature: Tensor) -> Tensor:
     """KL(p‖m)/2 + KL(q‖m)/2 with m = (p + q)/2, in nats, in [0, ln 2] (Chuang et al. 2023, eq. 3).
@@ -20,12 +23,14 @@ def jensen_shannon(mature: Tensor, premature: Tensor) -> Tensor:
     Returns:
         float32 [layers, rows].
     """
-    p, q = mature.exp(), premature.exp()
-    total = p + q
-    # The same function of p, q and m, so that equal distributions give exactly 0; each element is at least 0 but for
-    # rounding, so nothing cancels in the sum. The smallest normal number stands in where a probability underflows.
-    mixed = total * total.mul(0.5).clamp_min_(torch.finfo(total.dtype).tiny).log_()
-    return ((p * mature + q * premature) - mixed).sum(-1).mul_(0.5).clamp_(0, math.log(2))
+    p, total = mature.exp(), premature.exp()
+    # Element by element p log p + q log q - (p + q) log((p + q) / 2): each is at least 0 but for rounding, so nothing
+    # cancels in the sum. In place, since layers x vocabulary numbers are read from memory each time. The smallest
+    # normal number stands in where a probability underflows.
+    parts = torch.addcmul(p * mature, total, premature)
+    total += p
+    parts.addcmul_(total, total.mul(0.5).clamp_min_(torch.finfo(total.dtype).tiny).log_(), value=-1)
+    return parts.sum(-1).mul_(0.5).clamp_(0, math.log(2))
 
 
 def exchanged(mature: Tensor, premature: Tensor) -> Tensor:
@@ -61,20 +66,22 @@ def contrast(mature: Tensor, premature: Tensor, how: Dola) -> tuple[Tensor, Tens
     """Log p - log q_M of every token, M being the premature layer that differs most from the mature one, row by row.
 
     Args:
-        mature: logits [rows, vocabulary].
+        mature: logits [rows, vocabulary]; -inf where the model rules a token out.
         premature: logits [layers, rows, vocabulary].
         how: `compat` is used.
 
     Returns:
-        The difference float32 [rows, vocabulary], log p float32 [rows, vocabulary], and the index of the chosen layer
-        in `premature` int64 [rows], the lowest of equals.
+        The difference float32 [rows, vocabulary], -inf where the mature layer rules a token out; log p float32 [rows,
+        vocabulary]; and the index of the chosen layer in `premature` int64 [rows], the lowest of equals.
     """
-    log_p = mature.float().log_softmax(-1)
-    log_q = premature.float().log_softmax(-1)
+    mature = mature.float()
+    log_p = mature.log_softmax(-1).clamp_min_(NEVER)
+    log_q = premature.float().log_softmax(-1).clamp_min_(NEVER)
     chosen = torch.zeros(len(log_p), dtype=torch.int64, device=log_p.device)
     if len(log_q) > 1:
         chosen = DIVERGENCES[how.compat](log_p, log_q).argmax(0)
-    return log_p - log_q[chosen, torch.arange(len(log_p), device=log_p.device)], log_p, chosen
+    difference = log_p - log_q[chosen, torch.arange(len(log_p), device=log_p.device)]
+    return difference.masked_fill_(mature == -math.inf, -math.inf), log_p, chosen
 
 
 def next_scores(mature: Tensor, premature: Tensor, how: Dola) -> tuple[Tensor, Tensor]:

@@ -58,8 +58,8 @@ def dola_steps(
 
     def read(logits: Tensor) -> tuple[Tensor, Tensor]:
         # Rows: mature, then each premature layer; the last position alone.
-        mature, *premature = logits[:, -1].unflatten(0, (1 + len(layers), -1))
-        scores, chosen = next_scores(mature, torch.stack(premature), how)
+        both = logits[:, -1].unflatten(0, (1 + len(layers), -1))
+        scores, chosen = next_scores(both[0], both[1:], how)
         return scores, numbers[chosen.to(numbers.device)]
 
     with Streams(found, layers, norm=how.norm):

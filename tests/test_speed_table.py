@@ -1,0 +1,81 @@
+"""The tables of speeds say what the files of results say: ratios within one run, misses, what was not measured."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+SCRIPTS = Path(__file__).parent.parent / "scripts"
+
+
+@pytest.fixture
+def tables(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+    monkeypatch.syspath_prepend(str(SCRIPTS))
+    sys.modules.pop("speed_table", None)
+    import speed_table  # pyright: ignore[reportMissingImports]
+
+    monkeypatch.setattr(speed_table, "RESULTS", tmp_path)
+    return speed_table
+
+
+def row(engine: str, rate: float, phase: str = "decode", note: str = "") -> dict[str, Any]:
+    return {
+        "engine": engine, "phase": phase, "tokens_per_second": rate, "bytes_per_token": 2e6, "file_bytes": 3e6,
+        "peak_rss_bytes": 4e6, "note": note,
+    }  # fmt: skip
+
+
+def test_ratios_are_those_of_one_run_and_misses_are_said(tables: Any, tmp_path: Path) -> None:
+    assert "Not measured yet" in tables.speed("short")
+    engines = (("packed-int8", 100.0), ("hf-fp32", 10.0), ("dense-int8", 50.0), ("llama.cpp-q8_0", 80.0))
+    rows = [row(name, rate / part, phase) for name, rate in engines for phase, part in (("decode", 1), ("prefill", 2))]
+    rows[-1]["note"] = rows[-2]["note"] = "weights not repacked"
+    run = {"rows": rows, "isa": "avx2", "threads": 2, "skipped": [{"engine": "llama.cpp-q4_0", "why": "it died"}]}
+    (tmp_path / "speed.json").write_text(json.dumps({"smollm2": {"int8-unstructured": run}}))
+    lines = {line.split(" | ")[0].removeprefix("| "): line for line in tables.speed("short").splitlines()}
+    assert "| 10.00 × | 12 × | 20 × | **missed** |" in lines["int8 over transformers float32"]
+    assert "| 2.00 × | 1.05 × | 1.3 × | aim reached |" in lines["int8 over our dense int8 loop"]
+    assert "**missed**" in lines["int8 over llama.cpp Q8_0"]
+    assert not [line for line in lines if "bfloat16" in line or "int4" in line]  # not measured, so not there
+    long = tables.speed("long")
+    assert "| int8-unstructured | packed-int8 | 100.0 | 50.0 | 2 | 3 | 4 |" in long
+    assert "llama.cpp-q8_0\\*" in long
+    assert "\\* weights not repacked." in long
+    assert "Not measured: llama.cpp-q4_0: it died" in long
+
+
+def test_a_pattern_costs_what_it_adds_to_unstructured(tables: Any, tmp_path: Path) -> None:
+    rows = [
+        {"sparsity": 0.5, "pattern": name, "perplexity": value} for name, value in (("unstructured", 50), ("8:16", 60))
+    ]
+    record = {"model": "smollm2", "metric": "wanda", "samples": 8, "windows": 6, "length": 512, "rows": rows}
+    (tmp_path / "pattern_cost.json").write_text(json.dumps(record))
+    assert "| 50 % | 8:16 | 60.00 | +20.0 % |" in tables.pattern_cost()
+
+
+def test_the_frontier_names_what_nothing_beats(tables: Any, tmp_path: Path) -> None:
+    common = {
+        "model": "smollm2",
+        "method": "wanda",
+        "samples": 4,
+        "windows": 2,
+        "length": 256,
+        "text": "t",
+        "threads": 1,
+    }
+    found = {
+        "good": (10.0, 2.0, 100), "slower": (10.0, 1.0, 100), "smaller": (12.0, 1.0, 50), "untimed": (11.0, None, 200),
+    }  # fmt: skip
+    lines = [
+        {"name": name, "perplexity": loss, "speed": speed, "tokens_per_second": speed, "file_bytes": size, **common}
+        for name, (loss, speed, size) in found.items()
+    ]
+    (tmp_path / "frontier.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    best = {
+        line.split(" | ")[0].removeprefix("| "): line.endswith("| yes |") for line in tables.frontier().splitlines()
+    }
+    assert {name: best[name] for name in found} == {"good": True, "slower": False, "smaller": True, "untimed": False}
