@@ -19,13 +19,14 @@ from prunus.job import PROBE_TOKENS, check_out, dtype_of
 from prunus.memory import available
 from prunus.models.checkpoint import Checkpoint
 from prunus.models.discover import find_blocks
+from prunus.models.gguf import SOURCE
 from prunus.models.skeleton import parameter_count, skeleton
 from prunus.models.source import dense_name, locate
 from prunus.models.weights import Weights
 from prunus.output import Output
 from prunus.recipe import Recipe, RecoverPart
 from prunus.recovery import masks as registry
-from prunus.recovery.masks import Masks
+from prunus.recovery.masks import PRUNED, PRUNED_DECODED, Masks
 from prunus.recovery.recovery import Recovery
 from prunus.recovery.rows import Lessons, lessons
 from prunus.recovery.samples import written
@@ -117,8 +118,7 @@ class RecoveryJob:
         recipe = {name: value for name, value in self.recipe.resolved().items() if name not in ("out", "evaluate")}
         return {
             "recipe": json.loads(json.dumps(recipe)),
-            "model": self.checkpoint.identity,
-            "text": self.lessons.summary["sha256"],
+            **inputs(self.recipe, self.part, self.recovery, self.folder, self.lessons),
             "versions": decisive(),
             "device": self.device.type, "threads": torch.get_num_threads(), "processes": self.processes.world,
         }  # fmt: skip
@@ -170,6 +170,46 @@ def _dense_folder(part: RecoverPart, record: dict[str, Any], trust_remote_code: 
     return locate(name, trust_remote_code=trust_remote_code)
 
 
+def inputs(recipe: Recipe, part: RecoverPart, recovery: Recovery, folder: Path, found: Lessons) -> dict[str, Any]:
+    """Hashes of what a recipe only names: the pruned model, the dense one where it is looked at, text, an adapter.
+
+    Args:
+        recipe: says whether code of the dense model is trusted.
+        part: what was asked.
+        recovery: says what it looks at.
+        folder: the pruned model.
+        found: what is learnt from and judged by.
+    """
+    hashes: dict[str, Any] = {
+        "model": Checkpoint.open(folder).identity, "text": found.train.sha256, "heldout": found.heldout.sha256,
+    }  # fmt: skip
+    if recovery.needs_dense(part):
+        hashes["dense"] = Checkpoint.open(_dense_folder(part, read_record(folder), recipe.trust_remote_code)).identity
+    return hashes | recovery.reads()
+
+
+def settled(part: RecoverPart, recovery: Recovery) -> RecoverPart:
+    """The settings with the recovery's own numbers where the user gave none."""
+    own = {"batch": part.batch or getattr(recovery, "batch", BATCH), "samples": part.samples or recovery.samples}
+    return part.model_copy(update=own)
+
+
+def text_of(
+    recipe: Recipe, part: RecoverPart, folder: Path, *, vocabulary: int | None, processes: Processes
+) -> Lessons:
+    """What is learnt from and judged by; the dense model writes it if that was asked.
+
+    Raises:
+        PrunusError: as `rows.lessons` and `samples.written`.
+    """
+    if part.data == "samples":
+        dense = _dense_folder(part, read_record(folder), recipe.trust_remote_code)
+        device = check_device(str(local_device(recipe.device)))
+        file = processes.on_first(lambda: str(written(dense, part, device, recipe.trust_remote_code)))
+        part = part.model_copy(update={"text": file})
+    return lessons(part, folder, vocabulary=vocabulary, limit=folder_positions(folder))
+
+
 def choose(part: RecoverPart) -> Recovery:
     """The recovery that a recipe names, with its settings.
 
@@ -209,7 +249,7 @@ def prepare(
     """
     part = recipe.recover or RecoverPart()
     recovery = recovery or choose(part)
-    part = part.model_copy(update={"batch": part.batch or getattr(recovery, "batch", BATCH)})
+    part = settled(part, recovery)
     device = check_device(str(local_device(recipe.device)))
     folder = locate(recipe.model, trust_remote_code=recipe.trust_remote_code)
     work = Work(out)
@@ -220,13 +260,11 @@ def prepare(
         raise ModelError(f"{type(model).__name__} has no language-model head; recovery learns from the next token.")
     stream = Stream(model, Weights(model, checkpoint, device), find_blocks(model), processes)
     record = read_record(folder)
-    if part.data == "samples":
-        dense = _dense_folder(part, record, recipe.trust_remote_code)
-        file = processes.on_first(lambda: str(written(dense, part, device, recipe.trust_remote_code)))
-        part = part.model_copy(update={"text": file})
-    found = lessons(part, folder, vocabulary=model.config.get_text_config().vocab_size, limit=folder_positions(folder))
-    masks = masks_of(folder, stream)
-    _refuse_dense(masks, record, part, warnings)
+    masks = _masks_or_refusal(folder, stream, record, part, warnings)
+    if recipe.evaluate is not None and recipe.evaluate.max_ppl_ratio is not None:
+        _dense_folder(part, record, recipe.trust_remote_code)
+    vocabulary = model.config.get_text_config().vocab_size
+    found = text_of(recipe, part, folder, vocabulary=vocabulary, processes=processes)
     job = RecoveryJob(
         recipe, part, recovery, folder, out, overwrite, work, checkpoint, stream, masks, found, device, processes,
         warnings, record,
@@ -259,13 +297,42 @@ def read_record(folder: Path) -> dict[str, Any]:
     return found if isinstance(found, dict) else {}
 
 
-def _refuse_dense(masks: Masks, record: dict[str, Any], part: RecoverPart, warnings: list[str]) -> None:
-    """Refuse a model in which nothing is pruned, unless prunus made it smaller in another way or it is allowed."""
-    if masks.removed or record:
-        return
-    if not part.allow_dense:
+def _masks_or_refusal(
+    folder: Path, stream: Stream, record: dict[str, Any], part: RecoverPart, warnings: list[str]
+) -> Masks:
+    """The masks of a pruned model; of one without removed weights masks that keep everything.
+
+    Without a registry, weights were removed if prunus says so, or if a matrix has enough zeros to look pruned
+    (`PRUNED`). Else the zeros are there by accident and are weights like any other; and unless prunus cut widths or
+    blocks, the model is dense.
+
+    Raises:
+        RecipeError: it is dense, and that was not allowed.
+    """
+    masks = masks_of(folder, stream)
+    least = PRUNED_DECODED if (folder / SOURCE).is_file() else PRUNED
+    smaller, zeroed = told(record)
+    if not masks.derived or zeroed or masks.sparsest >= least:
+        return masks
+    if not smaller and not part.allow_dense:
+        found = f"at most {masks.sparsest:.2%} of any of its matrices is zero, less than {least:.0%}"
         raise RecipeError(
-            "No weight of this model is zero: it is dense, and there is nothing to preserve. Prune it first, or go on "
-            "with --allow-dense."
+            f"This model is dense: {found if masks.removed else 'no weight of its matrices is zero'}, and there "
+            "is nothing to preserve. Prune it first, or go on with --allow-dense."
         )
-    warnings.append("The model is dense: there are no zeros to keep.")
+    masks.keep_all()
+    if not smaller:
+        warnings.append("The model is dense: there are no zeros to keep.")
+    return masks
+
+
+def told(record: dict[str, Any]) -> tuple[bool, bool]:
+    """What a folder's `prunus.json` says: whether the model was made smaller, and whether by zeros in its matrices."""
+    while isinstance(record.get("pruned"), dict) and record["pruned"]:
+        record = record["pruned"]  # behind any number of recoveries
+    result = record.get("result")
+    if not isinstance(result, dict):
+        return bool(record), False
+    sparsity = result.get("sparsity")
+    reached = sparsity.get("reached") if isinstance(sparsity, dict) else sparsity
+    return "shapes" in result or reached != 0, "shapes" not in result and reached != 0

@@ -27,6 +27,13 @@ FILE = "prunus.masks"
 GROUPS = (2, 4, 8, 16, 32)
 NEAR = 0.01
 
+# A matrix counts as pruned from this share of zeros on. Dense weights have some, too: 16 bits round small ones to zero,
+# and of the matrices of a model decoded from a quantised file up to a thousandth (Q4_1) or more is zero by accident.
+PRUNED = 0.01
+# In a model that prunus decoded from GGUF: where a level of few stands for zero, a tenth of the weights is zero (Q4_0),
+# or a sixth (Q3_K), without any pruning.
+PRUNED_DECODED = 0.3
+
 
 @dataclass
 class Masks:
@@ -68,6 +75,16 @@ class Masks:
     def size(self, name: str) -> int:
         """Number of weights of a matrix."""
         return self.packed[name].shape[0] * self.columns[name]
+
+    @property
+    def sparsest(self) -> float:
+        """Largest share of a matrix that is not kept."""
+        return max((self.gone(name) / self.size(name) for name in self.packed if self.size(name)), default=0.0)
+
+    def keep_all(self) -> None:
+        """Every weight of every matrix is kept, whatever it is now."""
+        for name, bits in self.packed.items():
+            self.add(name, torch.ones(bits.shape[0], self.columns[name], dtype=torch.bool))
 
     def pattern(self, name: str) -> str | None:
         """The N:M that explains the mask of a matrix, or None; see `pattern_of`."""

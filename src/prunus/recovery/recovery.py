@@ -9,6 +9,7 @@ from torch import Tensor
 
 if TYPE_CHECKING:
     from prunus.progress import Progress
+    from prunus.recipe import RecoverPart
     from prunus.recovery.job import RecoveryJob
 
 
@@ -42,6 +43,19 @@ class Recovery(Protocol):
     @property
     def paper(self) -> str:
         """Title or authors, year and arXiv number; empty if there is none."""
+        ...
+
+    @property
+    def samples(self) -> int | None:
+        """Sequences that are learnt from unless the user says how many; None: all that there are."""
+        ...
+
+    def needs_dense(self, part: RecoverPart) -> bool:
+        """Whether it looks at the dense model; another one then gives another result."""
+        ...
+
+    def reads(self) -> dict[str, Any]:
+        """Hashes of files of its own that decide the result; JSON values, empty if there are none."""
         ...
 
     def check(self, job: RecoveryJob) -> None:
