@@ -15,6 +15,7 @@ from pathlib import Path
 
 from compare_table import compared
 from families_table import families
+from recovery_table import recovered
 from results_table import choices, measured, methods, settings
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -36,6 +37,7 @@ PARTS: dict[str, Callable[..., str]] = {
     "measured": measured,
     "families": families,
     "compared": compared,
+    "recovered": recovered,
 }
 
 
