@@ -15,7 +15,8 @@ Row = dict[str, Any]
 
 def recovered(name: str, stage: str) -> str:
     """The table of a file in experiments/results, for a generated part of a document."""
-    return gaps(RESULTS / f"{name}.jsonl", stage)
+    path = RESULTS / f"{name}.jsonl"
+    return gaps(path, stage) if path.is_file() else "*Not run yet: `experiments/recover.py`.*"
 
 
 def gaps(path: Path, stage: str) -> str:

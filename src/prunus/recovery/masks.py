@@ -27,13 +27,6 @@ FILE = "prunus.masks"
 GROUPS = (2, 4, 8, 16, 32)
 NEAR = 0.01
 
-# A matrix counts as pruned from this share of zeros on. Dense weights have some, too: 16 bits round small ones to zero,
-# and of the matrices of a model decoded from a quantised file up to a thousandth (Q4_1) or more is zero by accident.
-PRUNED = 0.01
-# In a model that prunus decoded from GGUF: where a level of few stands for zero, a tenth of the weights is zero (Q4_0),
-# or a sixth (Q3_K), without any pruning.
-PRUNED_DECODED = 0.3
-
 
 @dataclass
 class Masks:

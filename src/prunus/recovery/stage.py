@@ -9,7 +9,8 @@ from typing import Any
 from prunus.distributed import Processes
 from prunus.progress import Progress
 from prunus.recipe import Recipe
-from prunus.recovery.job import choose, inputs, read_record, settled, text_of
+from prunus.recovery.job import choose, inputs, settled, text_of
+from prunus.recovery.pruned import read_record
 from prunus.recovery.run import recover as work
 
 
