@@ -22,12 +22,14 @@ def recovered(name: str, stage: str) -> str:
 def gaps(path: Path, stage: str) -> str:
     """Per cent of the gap between pruned and dense that each recovery removes; the best of each case in bold.
 
-    Rows are recoveries and columns cases, both in the order of the file; the median CPU time is over a row's cases.
+    Cases of which some runs are missing are left out. Rows are recoveries and columns cases, both in the order of the
+    file; the median CPU time is over a row's cases.
     """
     rows = [row for line in path.read_text("utf-8").splitlines() if (row := json.loads(line))["stage"] == stage]
     by = {(row["case"], row["recovery"]): row for row in rows}
     dense = _first(by["dense", "none"])
-    cases = [case for case, recovery in by if recovery == "none" and case != "dense"]
+    everything = {way for _, way in by} - {"imp"}  # which belongs to magnitude pruning alone
+    cases = [case for case, way in by if way == "none" and everything <= {one for other, one in by if other == case}]
     removed = {
         (case, way): (_first(by[case, "none"]) - _first(row)) / (_first(by[case, "none"]) - dense)
         for (case, way), row in by.items()
