@@ -43,7 +43,7 @@ class IMP:
     rounds: int = 3
     paper: str = "Han et al. 2015, arXiv:1506.02626"
 
-    samples: ClassVar[None] = None
+    samples: ClassVar[int | None] = None
 
     def __post_init__(self) -> None:
         """Check the ranges.

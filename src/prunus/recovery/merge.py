@@ -76,7 +76,7 @@ class Merge:
     verify: bool = False
     paper: str = ""
 
-    samples: ClassVar[None] = None
+    samples: ClassVar[int | None] = None
 
     def check(self, job: RecoveryJob) -> None:
         """See that the folder is a LoRA adapter in safetensors form.

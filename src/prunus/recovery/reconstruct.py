@@ -61,7 +61,7 @@ class Reconstruct:
     clip: float = 0.0
     paper: str = "A Free Lunch, 2025, arXiv:2510.14444"
 
-    samples: ClassVar[int] = 128
+    samples: ClassVar[int | None] = 128
 
     def __post_init__(self) -> None:
         """Check the ranges.

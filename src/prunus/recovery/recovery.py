@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 from torch import Tensor
 
@@ -38,16 +38,16 @@ class Recovery(Protocol):
     `recover` trains, writes every block with `job.output.block`, what lies outside with `job.output.outside`, and
     leaves the rest (masks, index, description, verification, publishing) to `run.recover`. It must be able to go on
     from whatever it has put into `job.work` when it was killed. It must write +0.0 wherever `job.masks` is False.
+
+    Attributes:
+        samples: sequences that are learnt from unless the user says how many; None: all that there are.
     """
+
+    samples: ClassVar[int | None]
 
     @property
     def paper(self) -> str:
         """Title or authors, year and arXiv number; empty if there is none."""
-        ...
-
-    @property
-    def samples(self) -> int | None:
-        """Sequences that are learnt from unless the user says how many; None: all that there are."""
         ...
 
     def needs_dense(self, part: RecoverPart) -> bool:

@@ -59,7 +59,7 @@ class Retrain:
     paper: str = ""
 
     name: ClassVar[str] = "training"
-    samples: ClassVar[None] = None
+    samples: ClassVar[int | None] = None
 
     def check(self, job: RecoveryJob) -> None:
         """Count what is trained on the meta device, and refuse what cannot be.

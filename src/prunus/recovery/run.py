@@ -87,10 +87,10 @@ def _publish(job: RecoveryJob, outcome: Outcome, progress: Progress, clock: Cloc
             folder, job.work.folder / "probe.safetensors", job.dtype_name, str(job.device), job.recipe.trust_remote_code
         )
     progress.advance("reloaded in a fresh process")
+    if warning := collapse(outcome.after, job.model.config.get_text_config().vocab_size):
+        job.warnings.append(warning)
     result = _result(job, outcome, zeros, clock) | {"verify": checked}
     result["guard"] = guard.check_folder(job.recipe, job.work, folder, progress, CURE)
-    if warning := collapse(outcome.after, job.model.config.get_text_config().vocab_size):
-        result["warnings"].append(warning)
     result["seconds"] = clock.read()
     record = {
         "format": 1, "recipe": job.recipe.resolved(), "fingerprint": job.fingerprint, "result": result,
