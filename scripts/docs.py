@@ -15,6 +15,7 @@ from pathlib import Path
 
 from compare_table import compared
 from families_table import families
+from recovery_table import recovered
 from results_table import choices, measured, methods, settings
 from speed_table import dola_overhead, frontier, pattern_cost, speed
 
@@ -37,10 +38,14 @@ PARTS: dict[str, Callable[..., str]] = {
     "measured": measured,
     "families": families,
     "compared": compared,
+<<<<<<< HEAD
     "speed": speed,
     "pattern_cost": pattern_cost,
     "frontier": frontier,
     "dola_overhead": dola_overhead,
+=======
+    "recovered": recovered,
+>>>>>>> recovery
 }
 
 

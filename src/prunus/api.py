@@ -154,13 +154,14 @@ def merge(
     out: str | Path,
     *,
     verify: bool = False,
+    restart: bool = False,
     overwrite: bool = False,
     progress: Progress | None = None,
 ) -> dict[str, Any]:
     """Merge a LoRA adapter into the pruned `model` without losing a zero. Returns what `prunus merge --json` prints."""
     from prunus.recovery.merge import merge as work
 
-    return work(model, adapter, out, verify=verify, overwrite=overwrite, progress=progress)
+    return work(model, adapter, out, verify=verify, restart=restart, overwrite=overwrite, progress=progress)
 
 
 def evaluate(  # noqa: PLR0913 - the options of the command

@@ -28,6 +28,7 @@ EVALUATE_PLACES = {
 RECOVER_PLACES = {
     **{name: name for name in ("model", "out", "device", "dtype", "trust_remote_code")},
     **{name: f"recover.{name}" for name in RecoverPart.model_fields},
+    "max_ppl_ratio": "evaluate.max_ppl_ratio",
 }
 
 

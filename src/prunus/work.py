@@ -28,6 +28,9 @@ from torch import Tensor
 
 from prunus.errors import RecipeError
 
+# Hashes in fingerprints, of which nobody wants to read more than that they differ.
+HASHED = ("model.", "calibration", "dense.", "adapter.", "text", "heldout")
+
 
 class Work:
     """A folder of unfinished work; one process at a time owns it.
@@ -201,9 +204,7 @@ def _differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
     one, other = _flat(before), _flat(now)
     names = sorted((name for name in one | other if one.get(name) != other.get(name)), key=lambda n: "recipe" not in n)
     words = [
-        f"{name} changed"
-        if name.startswith(("model.", "calibration"))
-        else f"{name}: {one.get(name)} → {other.get(name)}"
+        f"{name} changed" if name.startswith(HASHED) else f"{name}: {one.get(name)} → {other.get(name)}"
         for name in names
     ]
     return "; ".join(words[:4]) + ("; …" if len(words) > 4 else "") or "begun by another version of prunus"

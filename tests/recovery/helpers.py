@@ -51,13 +51,29 @@ def make(folder: Path, *, cut=half, dtype: torch.dtype = torch.float32) -> Path:
     return folder
 
 
+def with_registry(folder: Path) -> Path:
+    """The registry of a model made above, and in every block one kept weight of up_proj that is zero."""
+    from prunus.recovery.masks import FILE, Masks
+
+    tensors, masks = load_file(folder / "model.safetensors"), Masks()
+    for name, tensor in tensors.items():
+        if is_site(name):
+            masks.add(name.removesuffix(".weight"), tensor != 0)
+            if ".up_proj." in name:
+                row, column = (tensor != 0).nonzero()[7].tolist()
+                tensor[row, column] = 0.0
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    masks.write(folder / FILE)
+    return folder
+
+
 def job_of(folder: Path, out: Path, method: str, **part: Any) -> RecoveryJob:
     """A job that passed its checks and has taken its work folder."""
     settings = part.pop("settings", {})
     asked = recipe({"model": str(folder), "recover": {"method": method, "settings": settings, **SMALL, **part}})
     job = prepare(asked, out, overwrite=False, processes=Processes(), warnings=[])
-    job.begin(False)
     OPEN.append(job)
+    job.begin(False)
     return job
 
 

@@ -9,11 +9,13 @@ import torch
 from helpers import half, job_of
 
 from prunus.bitmap import pack
+from prunus.recovery import RECOVERIES
 from prunus.recovery.effective import _Apply
 from prunus.recovery.forms import Masked, RowsTimesColumns, Scaled, group, kaiming, ones
 from prunus.recovery.lisa import drawn
 from prunus.recovery.objectives import Logits
 from prunus.recovery.prilora import prune_rows, ranks
+from prunus.recovery.student import Student, loaded
 
 RANDOM = torch.Generator().manual_seed(3)
 ROWS, COLUMNS, RANK = 11, 16, 4
@@ -120,7 +122,6 @@ def test_lisa_draws_blocks_evenly_and_always_the_same() -> None:
 
 def test_lisa_keeps_states_only_of_what_is_active(pruned: Path, tmp_path: Path) -> None:
     from prunus.recovery.lisa import Rotation
-    from prunus.recovery.student import Student, loaded
 
     job = job_of(pruned, tmp_path / "out", "lisa")
     part = job.recovery.parts[0]
@@ -143,6 +144,38 @@ def test_lisa_keeps_states_only_of_what_is_active(pruned: Path, tmp_path: Path) 
                 )
                 assert changed == (index in rotation.active)
             optimizer.zero_grad()
+
+
+def test_lisa_is_planned_by_what_is_active(pruned: Path, tmp_path: Path) -> None:
+    found = {}
+    for blocks, state in ((2, "drop"), (5, "drop"), (2, "keep")):
+        settings = {"blocks": blocks, "state": state, "embeddings": False}
+        job = job_of(pruned, tmp_path / f"{blocks}{state}", "lisa", settings=settings)
+        values, resting = job.recovery.count(job)
+        found[blocks, state] = job.recovery.memory(job, values, resting)["trained"]
+    sizes = {sum(value.numel() for value in block.module.parameters()) for block in job.blocks}
+    assert len(sizes) == 1
+    assert found[5, "drop"] == 16 * values
+    assert found[2, "drop"] == 16 * values - 12 * 3 * sizes.pop()  # three blocks: no gradient, no moments
+    assert found[2, "drop"] < found[2, "keep"] < found[5, "drop"]
+
+
+def test_lisa_measures_its_pace_with_the_gradients_of_its_first_blocks_alone(pruned: Path, tmp_path: Path) -> None:
+    job = job_of(pruned, tmp_path / "out", "lisa", settings={"embeddings": False})
+    part = job.recovery.parts[0]
+    with loaded(job.stream.weights):
+        student = Student(job.model, job.blocks, job.masks, job.stream.weights)
+        part.attach(student)
+        with part.begun(student):
+            job.model(input_ids=job.lessons.train.ids[:1]).logits.square().mean().backward()
+        having = [any(value.grad is not None for value in block.module.parameters()) for block in job.blocks]
+        assert [index for index, has in enumerate(having) if has] == drawn(5, 2, student.seed, 0)
+        assert all(value.requires_grad for value in student.chosen)
+
+
+def test_ebft_decays_a_weight_by_as_much_in_a_step_as_published() -> None:
+    ebft = RECOVERIES["ebft"]
+    assert ebft.lr * ebft.decay == pytest.approx(2e-4 * 0.1)
 
 
 def test_a_student_that_equals_its_teacher_has_nothing_to_learn() -> None:

@@ -2,14 +2,25 @@
 
 from __future__ import annotations
 
+import gzip
 import json
+import math
+import re
+import shutil
 from pathlib import Path
 
 import pytest
-from helpers import MODEL, TEXT, tensors_of
+import torch
+from helpers import MODEL, TEXT, is_site, job_of, run, tensors_of
+from safetensors.torch import load_file, save_file
 
 from prunus.cli import main
+from prunus.errors import CalibrationError, RecipeError
+from prunus.models.gguf import SOURCE
 from prunus.recovery import RECOVERIES
+from prunus.recovery.run import collapse
+from prunus.recovery.student import Student, loaded
+from prunus.recovery.training import Loop
 
 QUICK = ["--steps", "6", "--batch", "4", "--length", "32", "--heldout", "4", "--text", str(TEXT), "--lr", "2e-3", "-q"]
 
@@ -60,6 +71,28 @@ def test_an_adapter_is_kept_apart_and_merged_without_losing_a_zero(
     assert found["zeros"]["before"] == found["zeros"]["after"]
     assert main(["merge", str(pruned), str(tmp_path), str(tmp_path / "x")]) == 2
     assert "adapter_config.json is missing" in " ".join(capsys.readouterr().err.split())
+    card = (out / "README.md").read_text()
+    assert 'PeftModel.from_pretrained(model, "out/adapter")' in card
+    assert "PeftModel" not in (merged / "README.md").read_text()
+
+
+@pytest.mark.usefixtures("verified_here")
+def test_a_merge_does_not_forget_unfinished_work(
+    pruned: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    adapter = tmp_path / "adapter"
+    left = job_of(pruned, tmp_path / "left", "lora")
+    with loaded(left.stream.weights):
+        student = Student(left.model, left.blocks, left.masks, left.stream.weights)
+        left.recovery.attach(student)
+        left.recovery.parts[0].save(student, adapter, "half")
+    (left.work.training / "log.jsonl").write_text("hours of work")
+    left.work.close()
+    words = ["merge", str(pruned), str(adapter), str(tmp_path / "left"), "-q"]
+    assert main(words) == 2
+    assert "holds an unfinished run of something else" in " ".join(capsys.readouterr().err.split())
+    assert (left.work.training / "log.jsonl").is_file()
+    assert main([*words, "--restart"]) == 0
 
 
 @pytest.mark.slow
@@ -97,6 +130,9 @@ def test_a_recipe_prunes_recovers_and_evaluates_once(tmp_path: Path, capsys: pyt
         (["--method", "masklora", "--objective", "logits"], "name it with --dense"),
         (["--method", "lisa", "--set", "blocks=9"], "fewer than blocks=9"),
         (["--lr", "0"], "--lr must be"),
+        (["--method", "perp", "--set", "head.tied=maybe"], "Input should be 'skip', 'untie' or 'both'"),
+        (["--max-ppl-ratio", "2"], "nothing says which that is; name it with --dense"),
+        (["--max-ppl-ratio", "1"], "--max-ppl-ratio"),
     ],
     ids=lambda value: "-".join(value) if isinstance(value, list) else "",
 )
@@ -113,6 +149,65 @@ def test_a_dense_model_is_refused_unless_that_is_meant(tmp_path: Path, capsys: p
     # Past that check, the next one speaks.
     said = refused(capsys, str(MODEL), str(tmp_path / "out"), "--allow-dense", "--method", "biases", *QUICK)
     assert "0 parameters would be trained" in said
+
+
+def with_zeros(folder: Path, share: float) -> Path:
+    """The dense model with zeros by accident, spread over its matrices."""
+    shutil.copytree(MODEL, folder)
+    tensors, random = load_file(MODEL / "model.safetensors"), torch.Generator().manual_seed(0)
+    for name, tensor in tensors.items():
+        if is_site(name):
+            tensor[torch.rand(tensor.shape, generator=random) < share] = 0.0
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    return folder
+
+
+def test_zeros_by_accident_do_not_make_a_model_pruned(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    few, tenth = with_zeros(tmp_path / "few", 0.002), with_zeros(tmp_path / "tenth", 0.1)
+    # Said before the dense model is asked for, which the default method needs.
+    said = refused(capsys, str(few), str(tmp_path / "out"), *QUICK)
+    assert "This model is dense: at most 0." in said
+    assert "less than 1%" in said
+    dense = job_of(few, tmp_path / "out", "masklora", allow_dense=True)
+    assert dense.masks.removed == 0
+    assert dense.warnings == ["The model is dense: there are no zeros to keep."]
+    assert job_of(tenth, tmp_path / "other", "masklora").masks.removed > 10_000
+    # Fewer blocks: not dense, and what is zero by accident may grow.
+    (few / "prunus.json").write_text(json.dumps({"result": {"sparsity": {"reached": 0.2}, "shapes": {}}}))
+    cut = job_of(few, tmp_path / "cut", "masklora")
+    assert (cut.masks.removed, cut.warnings) == (0, [])
+    (few / "prunus.json").write_text(json.dumps({"result": {"sparsity": {"reached": 0.002}}}))
+    assert job_of(few, tmp_path / "zeros", "masklora").masks.removed > 0
+    # In four bits a tenth of all weights is zero without any pruning.
+    (tenth / SOURCE).write_text("{}")
+    assert "less than 30%" in refused(capsys, str(tenth), str(tmp_path / "third"), *QUICK)
+
+
+@pytest.mark.usefixtures("verified_here")
+def test_a_limit_on_the_perplexity_publishes_nothing_over_it_and_goes_on_under_a_higher_one(
+    pruned: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "out"
+    words = ["recover", str(pruned), str(out), "--method", "norms", "--dense", str(MODEL), *QUICK]
+    assert main([*words, "--max-ppl-ratio", "1.01"]) == 2
+    said = " ".join(capsys.readouterr().err.split())
+    assert "Quality fell off a cliff" in said
+    assert "It writes: “Once upon a time" in said
+    assert "Train longer" in said
+    assert not out.exists()
+    log = (tmp_path / ".out.prunus" / "training" / "log.jsonl").read_text()
+    assert main([*words, "--max-ppl-ratio", "1e6"]) == 0
+    said = capsys.readouterr().out
+    assert "times the dense model's" in said
+    assert "it writes: “Once upon a time" in said
+    # The steps of the first call were not done again, but for those behind its last saved state.
+    assert (out / "recovery.jsonl").read_text().splitlines()[:4] == log.splitlines()[:4]
+    assert 1.01 < json.loads((out / "prunus.json").read_text())["result"]["guard"]["ratio"] < 1e6
+
+
+def test_without_a_limit_a_collapse_is_told() -> None:
+    assert collapse(6.0, 512) is None
+    assert "--max-ppl-ratio would refuse" in str(collapse(6.3, 512))  # ln 512 = 6.24
 
 
 def test_an_existing_out_and_an_empty_text_are_refused(
@@ -132,8 +227,76 @@ def test_a_rate_that_diverges_stops_and_names_the_step(
     said = refused(capsys, str(pruned), str(tmp_path / "out"), *words)
     assert "Training made nothing better (stopped: the " in said
     assert "not finite" in said
+    assert re.search(r"not finite after step \d|the loss of step \d was not finite", said)
     assert not (tmp_path / "out").exists()
     assert (tmp_path / ".out.prunus" / "training" / "best.safetensors").is_file()  # the last good state
+
+
+def test_a_rate_that_is_only_too_large_is_refused_with_what_to_do(
+    pruned: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = [*QUICK[:-3], "--lr", "30", "-q", "--method", "norms"]
+    said = refused(capsys, str(pruned), str(tmp_path / "out"), *words)
+    assert "Training made nothing better (the held-out loss never fell below that of the beginning" in said
+    assert "Give a smaller --lr (or --lr auto)" in said
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_loss_that_is_no_number_keeps_the_last_good_state_and_names_the_step(
+    pruned: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    job, loss, calls = job_of(pruned, tmp_path / "out", "norms"), Loop.compute_loss, []
+
+    def breaking(self, *args, **kwargs):
+        calls.append(1)
+        return loss(self, *args, **kwargs) * (math.nan if len(calls) == 4 else 1.0)
+
+    monkeypatch.setattr(Loop, "compute_loss", breaking)
+    outcome = run(job)
+    assert "Stopped: the loss of step 4 was not finite." in job.warnings
+    assert outcome.facts["best_step"] == 3
+    assert outcome.after < outcome.before
+    best = load_file(job.work.training / "best.safetensors")
+    written = tensors_of(job.work.checkpoint)
+    assert all(torch.equal(written[name], value) for name, value in best.items())
+
+
+@pytest.mark.parametrize(
+    ("what", "words"), [("dense", "dense.weights changed"), ("text", "heldout changed"), ("nothing", "")]
+)
+def test_an_unfinished_run_goes_on_only_with_the_same_dense_model_and_held_out_text(
+    what: str, words: str, pruned: Path, tmp_path: Path
+) -> None:
+    dense, text = tmp_path / "dense", tmp_path / "text.txt"
+    shutil.copytree(MODEL, dense)
+    text.write_text(TEXT.read_text()[:20_000])
+    asked = {"dense": str(dense), "text": str(text), "objective": "logits", "samples": 8}
+    job_of(pruned, tmp_path / "out", "norms", **asked).work.close()
+    if what == "dense":
+        save_file(load_file(MODEL / "model.safetensors"), dense / "model.safetensors", metadata={"format": "pt"})
+    elif what == "text":
+        text.write_text(TEXT.read_text()[:19_000])  # the sequences that are learnt from stay
+    if words:
+        with pytest.raises(RecipeError, match=words):
+            job_of(pruned, tmp_path / "out", "norms", **asked)
+    else:
+        job_of(pruned, tmp_path / "out", "norms", **asked)
+
+
+def test_instructions_may_be_gzipped(pruned: Path, tmp_path: Path) -> None:
+    plain, packed, broken = (tmp_path / name for name in ("a.jsonl", "a.jsonl.gz", "b.jsonl.gz"))
+    rows = [{"prompt": f"Tell of {n}\u2028 cats.", "response": f"{n} cats sat on a mat."} for n in range(12)]
+    plain.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+    packed.write_bytes(gzip.compress(plain.read_bytes()))
+    broken.write_bytes(packed.read_bytes()[:40])
+    found = [
+        job_of(pruned, tmp_path / name, "norms", data="instructions", text=str(path)).lessons
+        for name, path in (("one", plain), ("two", packed))
+    ]
+    assert torch.equal(found[0].train.ids, found[1].train.ids)
+    assert (found[0].train.labels == -100).any()
+    with pytest.raises(CalibrationError, match="can be read whole"):
+        job_of(pruned, tmp_path / "b", "norms", data="instructions", text=str(broken))
 
 
 def test_too_little_memory_is_said_before_the_run(

@@ -82,6 +82,12 @@ RECOVER = {
         "Number format of the forward passes: float32, bfloat16, float16 or auto (float32 on a CPU, elsewhere that of "
         "the files). What is trained is float32 always. Default: auto.",
     ),
+    "max_ppl_ratio": option(
+        "--max-ppl-ratio R",
+        RUN,
+        "Publish nothing if the perplexity is more than R times the dense model's, R above 1; measured on the first 4 "
+        "windows of wikitext2, with either model whole in memory. Default: only warn.",
+    ),
     "trust_remote_code": option(
         "--trust-remote-code", MACHINE, "Run Python code that the model's folder brings along; read it first."
     ),
@@ -134,6 +140,7 @@ def merge(
     adapter: Adapter,
     out: Out,
     verify: Verify = False,
+    restart: Restart = False,
     overwrite: Overwrite = False,
     as_json: Json = False,
     quiet: Quiet = False,
@@ -147,5 +154,5 @@ def merge(
         from prunus.recovery.merge import merge as work
         from prunus.recovery.report import merge_text
 
-        result = work(model, adapter, out, verify=verify, overwrite=overwrite, progress=progress)
+        result = work(model, adapter, out, verify=verify, restart=restart, overwrite=overwrite, progress=progress)
     show(result, merge_text, as_json=as_json)

@@ -33,18 +33,29 @@ class Collapsed(PrunusError):
     """The result is so much worse than the dense model that publishing it was refused."""
 
 
-def dense_reference(recipe: Recipe, work: Work, progress: Progress) -> None:
+CURE = "Remove less, choose a method or an allocation that keeps more"
+
+
+def dense_reference(recipe: Recipe, work: Work, progress: Progress, dense: str | None = None) -> None:
     """Measure the dense model before the work, if the recipe sets a limit; kept in the work folder for a resumed run.
+
+    Args:
+        recipe: `evaluate.max_ppl_ratio` is the limit.
+        work: keeps the numbers.
+        progress: told after each window.
+        dense: the dense model, where it is not the recipe's own.
 
     Raises:
         PrunusError: as `evaluate`; so a model or a text that cannot be measured is refused before anything is pruned.
     """
     if recipe.evaluate is None or recipe.evaluate.max_ppl_ratio is None or work.has(REFERENCE):
         return
-    work.write(REFERENCE, _measure(recipe, recipe.model, progress))
+    work.write(REFERENCE, _measure(recipe, dense or recipe.model, progress))
 
 
-def check_folder(recipe: Recipe, work: Work, folder: Path, progress: Progress) -> dict[str, Any] | None:
+def check_folder(
+    recipe: Recipe, work: Work, folder: Path, progress: Progress, cure: str = CURE
+) -> dict[str, Any] | None:
     """Measure a finished checkpoint beside `dense_reference`; None without a limit.
 
     Args:
@@ -52,6 +63,7 @@ def check_folder(recipe: Recipe, work: Work, folder: Path, progress: Progress) -
         work: holds the dense model's numbers.
         folder: the checkpoint.
         progress: told after each window.
+        cure: what a refusal advises.
 
     Returns:
         perplexity, dense (the dense model's), ratio, limit, windows, length, text and sample.
@@ -63,14 +75,14 @@ def check_folder(recipe: Recipe, work: Work, folder: Path, progress: Progress) -
     if recipe.evaluate is None or recipe.evaluate.max_ppl_ratio is None or dense is None:
         return None
     found, limit = _measure(recipe, str(folder), progress), recipe.evaluate.max_ppl_ratio
-    check_ratio(found, dense, limit, f"Nothing was published; the finished blocks wait in {work.folder}.")
+    check_ratio(found, dense, limit, f"Nothing was published; the finished blocks wait in {work.folder}.", cure)
     keys = ("windows", "length", "text", "sample")
     numbers = {"perplexity": found["perplexity"], "dense": dense["perplexity"], "limit": limit}
     return {**numbers, "ratio": found["perplexity"] / dense["perplexity"], **{key: found[key] for key in keys}}
 
 
 def check_ratio(
-    result: Mapping[str, Any], dense: Mapping[str, Any], limit: float | None, consequence: str
+    result: Mapping[str, Any], dense: Mapping[str, Any], limit: float | None, consequence: str, cure: str = CURE
 ) -> str | None:
     """Compare two results of `evaluate`, of the pruned and of the dense model.
 
@@ -79,6 +91,7 @@ def check_ratio(
         dense: the dense model's.
         limit: largest ratio of perplexities that is accepted, or None.
         consequence: a sentence for the refusal: what was not done, and where things are.
+        cure: what a refusal advises.
 
     Returns:
         A warning for an obvious collapse under no limit; else None.
@@ -96,8 +109,8 @@ def check_ratio(
         return f"The model has collapsed: {facts}. Remove less, or choose a method or an allocation that keeps more."
     spoken = f" It writes: “{result['sample']}”" if result.get("sample") else ""
     raise Collapsed(
-        f"Quality fell off a cliff: {facts}, and at most {limit:g} times was allowed.{spoken} {consequence} Remove "
-        "less, choose a method or an allocation that keeps more, or raise --max-ppl-ratio."
+        f"Quality fell off a cliff: {facts}, and at most {limit:g} times was allowed.{spoken} {consequence} {cure}, "
+        "or raise --max-ppl-ratio."
     )
 
 

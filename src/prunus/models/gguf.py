@@ -20,6 +20,8 @@ if TYPE_CHECKING:
 
 LOGGER = logging.getLogger("prunus")
 VERSIONS = (2, 3)
+# In the folder that a GGUF became: what it was.
+SOURCE = "prunus-source.json"
 
 
 def fingerprint(path: Path) -> str:
@@ -108,7 +110,7 @@ def _write(gguf: Path, folder: Path) -> None:
         _plain(model).save_pretrained(folder, max_shard_size="2GB")
         tokenizer.save_pretrained(folder)
     origin = {"file": gguf.name, "bytes": gguf.stat().st_size, "dtype": "float32"}
-    (folder / "prunus-source.json").write_text(json.dumps(origin, indent=2) + "\n", encoding="utf-8")
+    (folder / SOURCE).write_text(json.dumps(origin, indent=2) + "\n", encoding="utf-8")
 
 
 def _read(gguf: Path) -> tuple[PreTrainedModel, Any]:

@@ -10,26 +10,42 @@ import yaml
 BODY = """
 # {title}
 
-A pruned language model, retrained so that every pruned weight is still zero, by prunus {version}.
+{what}, by prunus {version}.
 
 | | |
 |---|---|
 | recovery | `{method}`, objective `{objective}` |
 | trained | {trainable:,} values, {share:.4f} % of the model |
-| held-out loss | {before:.4f} before, {after:.4f} after |
-| zeros | {zeros:,}, none lost |
+| held-out loss | {before:.4f} before, {after:.4f} after{beside} |
+| zeros | {zeros} |
 | learnt from | `{source}`, {rows:,} sequences of {length} tokens |
 
-`prunus.masks` beside the weights says which weights are kept; further training by prunus keeps them so. `prunus.json`
-has the recipe of the recovery and, under `pruned`, that of the pruning. The zeros are stored like any other number.
+{notes}
 
 ```python
-from transformers import AutoModelForCausalLM, AutoTokenizer
-
-model = AutoModelForCausalLM.from_pretrained("{title}")
-tokenizer = AutoTokenizer.from_pretrained("{title}")
+{code}
 ```
 """
+
+KEPT = (
+    "`prunus.masks` beside the weights says which weights are kept; further training by prunus keeps them so. The "
+    "zeros are stored like any other number."
+)
+RECORD = "`prunus.json` has the recipe of the recovery and, under `pruned`, that of the pruning."
+PLAIN = """from transformers import AutoModelForCausalLM, AutoTokenizer
+
+model = AutoModelForCausalLM.from_pretrained("{title}")
+tokenizer = AutoTokenizer.from_pretrained("{title}")"""
+ADAPTED = """from peft import PeftModel
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+model = AutoModelForCausalLM.from_pretrained("{title}")  # as it was pruned
+model = PeftModel.from_pretrained(model, "{title}/adapter")  # recovered
+tokenizer = AutoTokenizer.from_pretrained("{title}")"""
+APART = (
+    "The weights are those of the pruned model. What was trained is the LoRA adapter in `adapter`, in peft's form: "
+    "merged in the usual way it would fill the zeros. `prunus merge` merges it under the masks."
+)
 
 
 def recovery_card(result: Mapping[str, Any], record: Mapping[str, Any]) -> str:
@@ -41,11 +57,19 @@ def recovery_card(result: Mapping[str, Any], record: Mapping[str, Any]) -> str:
     """
     text, loss = result["text"], result["loss"]
     head = {"library_name": "transformers", "tags": ["prunus", "pruned", "sparse", "recovered", str(result["method"])]}
+    title, zeros, apart = _last(result["out"]), result["zeros"]["after"], result["training"].get("apart")
+    what = "retrained so that every pruned weight is still zero" if zeros else "retrained"
+    if apart:
+        what = "with an adapter that was trained beside it, so that every pruned weight is still zero"
+    notes = [*([APART] if apart else []), *([KEPT] if zeros else []), RECORD]
     body = BODY.format(
-        title=_last(result["out"]), version=result["versions"]["prunus"], method=result["method"],
-        objective=result["objective"], trainable=result["trainable"], share=100 * result["trainable_share"],
-        before=loss["before"], after=loss["after"], zeros=result["zeros"]["after"], source=_last(text["source"]),
-        rows=text["rows"], length=text["length"],
+        what=f"A pruned language model, {what}" if zeros or record else "A language model, retrained",
+        notes=" ".join(notes), beside=" (with the adapter)" if apart else "",
+        code=(ADAPTED if apart else PLAIN).format(title=title), title=title,
+        version=result["versions"]["prunus"], method=result["method"], objective=result["objective"],
+        trainable=result["trainable"], share=100 * result["trainable_share"],
+        before=loss["before"], after=loss["after"], source=_last(text["source"]),
+        zeros=f"{zeros:,}, none lost" if zeros else "none were there", rows=text["rows"], length=text["length"],
     )  # fmt: skip
     pruned = record.get("result")
     if isinstance(pruned, Mapping) and pruned.get("method"):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from safetensors.torch import load_file
@@ -19,6 +19,7 @@ from prunus.recovery.training import judged, micro_rows, save_state
 
 if TYPE_CHECKING:
     from prunus.progress import Progress
+    from prunus.recipe import RecoverPart
     from prunus.recovery.job import RecoveryJob
 
 
@@ -42,6 +43,8 @@ class IMP:
     rounds: int = 3
     paper: str = "Han et al. 2015, arXiv:1506.02626"
 
+    samples: ClassVar[int | None] = None
+
     def __post_init__(self) -> None:
         """Check the ranges.
 
@@ -54,6 +57,14 @@ class IMP:
     def check(self, job: RecoveryJob) -> None:
         """As what retrains."""
         self.training.check(job)
+
+    def needs_dense(self, part: RecoverPart) -> bool:
+        """As what retrains."""
+        return self.training.needs_dense(part)
+
+    def reads(self) -> dict[str, Any]:
+        """Nothing."""
+        return {}
 
     def recover(self, job: RecoveryJob, progress: Progress) -> Outcome:
         """All rounds; a finished round is not done again."""

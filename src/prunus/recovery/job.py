@@ -24,8 +24,8 @@ from prunus.models.source import dense_name, locate
 from prunus.models.weights import Weights
 from prunus.output import Output
 from prunus.recipe import Recipe, RecoverPart
-from prunus.recovery import masks as registry
 from prunus.recovery.masks import Masks
+from prunus.recovery.pruned import masks_or_refusal, read_record
 from prunus.recovery.recovery import Recovery
 from prunus.recovery.rows import Lessons, lessons
 from prunus.recovery.samples import written
@@ -117,8 +117,7 @@ class RecoveryJob:
         recipe = {name: value for name, value in self.recipe.resolved().items() if name not in ("out", "evaluate")}
         return {
             "recipe": json.loads(json.dumps(recipe)),
-            "model": self.checkpoint.identity,
-            "text": self.lessons.summary["sha256"],
+            **inputs(self.recipe, self.part, self.recovery, self.folder, self.lessons),
             "versions": decisive(),
             "device": self.device.type, "threads": torch.get_num_threads(), "processes": self.processes.world,
         }  # fmt: skip
@@ -170,6 +169,46 @@ def _dense_folder(part: RecoverPart, record: dict[str, Any], trust_remote_code: 
     return locate(name, trust_remote_code=trust_remote_code)
 
 
+def inputs(recipe: Recipe, part: RecoverPart, recovery: Recovery, folder: Path, found: Lessons) -> dict[str, Any]:
+    """Hashes of what a recipe only names: the pruned model, the dense one where it is looked at, text, an adapter.
+
+    Args:
+        recipe: says whether code of the dense model is trusted.
+        part: what was asked.
+        recovery: says what it looks at.
+        folder: the pruned model.
+        found: what is learnt from and judged by.
+    """
+    hashes: dict[str, Any] = {
+        "model": Checkpoint.open(folder).identity, "text": found.train.sha256, "heldout": found.heldout.sha256,
+    }  # fmt: skip
+    if recovery.needs_dense(part):
+        hashes["dense"] = Checkpoint.open(_dense_folder(part, read_record(folder), recipe.trust_remote_code)).identity
+    return hashes | recovery.reads()
+
+
+def settled(part: RecoverPart, recovery: Recovery) -> RecoverPart:
+    """The settings with the recovery's own numbers where the user gave none."""
+    own = {"batch": part.batch or getattr(recovery, "batch", BATCH), "samples": part.samples or recovery.samples}
+    return part.model_copy(update=own)
+
+
+def text_of(
+    recipe: Recipe, part: RecoverPart, folder: Path, *, vocabulary: int | None, processes: Processes
+) -> Lessons:
+    """What is learnt from and judged by; the dense model writes it if that was asked.
+
+    Raises:
+        PrunusError: as `rows.lessons` and `samples.written`.
+    """
+    if part.data == "samples":
+        dense = _dense_folder(part, read_record(folder), recipe.trust_remote_code)
+        device = check_device(str(local_device(recipe.device)))
+        file = processes.on_first(lambda: str(written(dense, part, device, recipe.trust_remote_code)))
+        part = part.model_copy(update={"text": file})
+    return lessons(part, folder, vocabulary=vocabulary, limit=folder_positions(folder))
+
+
 def choose(part: RecoverPart) -> Recovery:
     """The recovery that a recipe names, with its settings.
 
@@ -209,7 +248,7 @@ def prepare(
     """
     part = recipe.recover or RecoverPart()
     recovery = recovery or choose(part)
-    part = part.model_copy(update={"batch": part.batch or getattr(recovery, "batch", BATCH)})
+    part = settled(part, recovery)
     device = check_device(str(local_device(recipe.device)))
     folder = locate(recipe.model, trust_remote_code=recipe.trust_remote_code)
     work = Work(out)
@@ -220,52 +259,14 @@ def prepare(
         raise ModelError(f"{type(model).__name__} has no language-model head; recovery learns from the next token.")
     stream = Stream(model, Weights(model, checkpoint, device), find_blocks(model), processes)
     record = read_record(folder)
-    if part.data == "samples":
-        dense = _dense_folder(part, record, recipe.trust_remote_code)
-        file = processes.on_first(lambda: str(written(dense, part, device, recipe.trust_remote_code)))
-        part = part.model_copy(update={"text": file})
-    found = lessons(part, folder, vocabulary=model.config.get_text_config().vocab_size, limit=folder_positions(folder))
-    masks = masks_of(folder, stream)
-    _refuse_dense(masks, record, part, warnings)
+    masks = masks_or_refusal(folder, stream, record, part, warnings)
+    if recipe.evaluate is not None and recipe.evaluate.max_ppl_ratio is not None:
+        _dense_folder(part, record, recipe.trust_remote_code)
+    vocabulary = model.config.get_text_config().vocab_size
+    found = text_of(recipe, part, folder, vocabulary=vocabulary, processes=processes)
     job = RecoveryJob(
         recipe, part, recovery, folder, out, overwrite, work, checkpoint, stream, masks, found, device, processes,
         warnings, record,
     )  # fmt: skip
     recovery.check(job)
     return job
-
-
-def masks_of(folder: Path, stream: Stream) -> Masks:
-    """The masks of a folder: its registry, checked against the weights, or its zeros. Block by block."""
-    loaded: list[Block] = []
-
-    def load(block: Block | None) -> None:
-        if block is None:
-            stream.weights.drop(loaded.pop().module)
-        else:
-            stream.weights.load(stream.weights.sources(block.name))
-            loaded.append(block)
-
-    file = folder / registry.FILE
-    return registry.take(stream.blocks, Masks.read(file) if file.is_file() else None, load)
-
-
-def read_record(folder: Path) -> dict[str, Any]:
-    """The folder's `prunus.json`, or nothing where it has none that can be read."""
-    try:
-        found = json.loads((folder / "prunus.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return found if isinstance(found, dict) else {}
-
-
-def _refuse_dense(masks: Masks, record: dict[str, Any], part: RecoverPart, warnings: list[str]) -> None:
-    """Refuse a model in which nothing is pruned, unless prunus made it smaller in another way or it is allowed."""
-    if masks.removed or record:
-        return
-    if not part.allow_dense:
-        raise RecipeError(
-            "No weight of this model is zero: it is dense, and there is nothing to preserve. Prune it first, or go on "
-            "with --allow-dense."
-        )
-    warnings.append("The model is dense: there are no zeros to keep.")

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
@@ -63,6 +65,30 @@ class Lisa:
         if self.embeddings:
             Embeddings().attach(student)
             Output().attach(student)
+
+    def resting(self, student: Student) -> int:
+        """Bytes of gradients and moments that what rests does without, at the least: the largest blocks are active."""
+        sizes = sorted(sum(value.numel() for _, value in members) for _, members in inside(student))
+        idle = sum(sizes[: len(sizes) - self.blocks])
+        return idle * 4 * (3 if self.state == "drop" else 1)
+
+    @contextmanager
+    def begun(self, student: Student) -> Iterator[None]:
+        """Inside the context only what the first interval trains has gradients."""
+        wanted = drawn(len(student.blocks), self.blocks, student.seed, 0)
+        rest = [
+            value
+            for index, (_, members) in enumerate(inside(student))
+            for _, value in members
+            if index not in wanted and value.requires_grad
+        ]
+        for value in rest:
+            value.requires_grad_(False)
+        try:
+            yield
+        finally:
+            for value in rest:
+                value.requires_grad_(True)
 
     def callbacks(self, student: Student) -> list[TrainerCallback]:
         """The rotation."""

@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
-from prunus.errors import RecipeError
 from prunus.job import BATCH_TOKENS
 from prunus.progress import Progress
 from prunus.recovery.abreast import Abreast, Facing, hidden
@@ -39,7 +38,6 @@ class Walk:
         rows = max(1, min(job.part.batch, BATCH_TOKENS // length))
         self.together = -(-job.part.batch // rows)
         self.text = Abreast(job, rows)
-        self._same_dense()
         self.progress.stage("reconstruct", len(job.blocks))
         reports = []
         for block, twin in self.text.pairs:
@@ -53,20 +51,14 @@ class Walk:
                 f"{whole} blocks add to the hidden states once only; they were reconstructed as a whole."
             )
         before, after = (self.text.heldout(held) for held in (self.text.given, self.text.judged[:-1]))
+        if after >= before:
+            job.warnings.append(
+                f"The held-out loss is not lower than before ({before:.4f} → {after:.4f}): too little text to learn "
+                "from, or another kind than what is held out. Give more --samples, or other text."
+            )
         facts = {"sequences": samples, "tokens": samples * length, "memory": needed(job), "blocks": reports}
         trainable = sum(part["trainable"] for report in reports for part in report["parts"])
         return Outcome(trainable, before, after, job.stream.logits(job.probe.inputs), facts)
-
-    def _same_dense(self) -> None:
-        """An unfinished run goes on beside the same dense model only.
-
-        Raises:
-            RecipeError: it is another one.
-        """
-        now, before = self.text.dense.weights.checkpoint.identity, self.job.work.read("training/dense.json")
-        if before not in (None, now):
-            raise RecipeError("The dense model has changed since this run began. Start anew with --restart.")
-        self.job.work.write("training/dense.json", now)
 
     def _replay(self, block: Block, twin: Block, report: dict[str, Any]) -> dict[str, Any]:
         """Run a block that an earlier call has finished."""

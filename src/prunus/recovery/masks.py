@@ -69,6 +69,16 @@ class Masks:
         """Number of weights of a matrix."""
         return self.packed[name].shape[0] * self.columns[name]
 
+    @property
+    def sparsest(self) -> float:
+        """Largest share of a matrix that is not kept."""
+        return max((self.gone(name) / self.size(name) for name in self.packed if self.size(name)), default=0.0)
+
+    def keep_all(self) -> None:
+        """Every weight of every matrix is kept, whatever it is now."""
+        for name, bits in self.packed.items():
+            self.add(name, torch.ones(bits.shape[0], self.columns[name], dtype=torch.bool))
+
     def pattern(self, name: str) -> str | None:
         """The N:M that explains the mask of a matrix, or None; see `pattern_of`."""
         return pattern_of(self.keep(name))

@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from hashlib import sha256
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 
 from prunus.errors import FormatError, ModelError
-from prunus.recipe import recipe
+from prunus.recipe import RecoverPart, recipe
 from prunus.recovery.peft_parts import add_masked, layers, load_peft
 from prunus.recovery.recovery import Outcome
 from prunus.recovery.retrain import write
 from prunus.recovery.student import Student, loaded, probe_logits
 from prunus.recovery.training import judged, micro_rows
+
+# What peft's own form of an adapter consists of.
+FILES = ("adapter_config.json", "adapter_model.safetensors")
 
 # Settings of a LoRA adapter that change more than W + B·A.
 MORE_THAN_LORA = ("use_dora", "lora_bias", "modules_to_save", "target_parameters", "trainable_token_indices")
@@ -30,6 +34,7 @@ def merge(
     out: str | Path,
     *,
     verify: bool = False,
+    restart: bool = False,
     overwrite: bool = False,
     progress: Progress | None = None,
 ) -> dict[str, Any]:
@@ -40,6 +45,7 @@ def merge(
         adapter: folder of the adapter.
         out: the folder to make.
         verify: as of `Merge`.
+        restart: forget unfinished work of whatever else was to become `out`.
         overwrite: replace an existing `out`.
         progress: told when it is done.
 
@@ -53,7 +59,7 @@ def merge(
 
     asked = recipe({"model": str(model), "out": str(out), "recover": {"method": "merge", "batch": 1, "heldout": 8}})
     work = Merge(str(adapter), verify)
-    return recover(asked, Path(out), recovery=work, restart=True, overwrite=overwrite, progress=progress)
+    return recover(asked, Path(out), recovery=work, restart=restart, overwrite=overwrite, progress=progress)
 
 
 @dataclass(frozen=True)
@@ -70,6 +76,8 @@ class Merge:
     verify: bool = False
     paper: str = ""
 
+    samples: ClassVar[int | None] = None
+
     def check(self, job: RecoveryJob) -> None:
         """See that the folder is a LoRA adapter in safetensors form.
 
@@ -77,13 +85,22 @@ class Merge:
             ModelError: it is not.
         """
         folder = Path(self.adapter)
-        for name in ("adapter_config.json", "adapter_model.safetensors"):
+        for name in FILES:
             if not (folder / name).is_file():
                 raise ModelError(
                     f"{folder} is no LoRA adapter that can be read: {name} is missing. Pickled adapters are not "
                     "opened; save it as safetensors."
                 )
         self._config()
+
+    def needs_dense(self, part: RecoverPart) -> bool:
+        """Never."""
+        return False
+
+    def reads(self) -> dict[str, Any]:
+        """The adapter."""
+        files = [Path(self.adapter) / name for name in FILES]
+        return {"adapter": {file.name: sha256(file.read_bytes()).hexdigest() for file in files}}
 
     def recover(self, job: RecoveryJob, progress: Progress) -> Outcome:
         """Merge and write; held-out losses are those of the pruned and of the merged model."""

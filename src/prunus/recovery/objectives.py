@@ -25,9 +25,14 @@ Loss = Any
 
 
 class Objective(Protocol):
-    """A frozen dataclass; its fields are its hyper-parameters, set as `objective.field`."""
+    """A frozen dataclass; its fields are its hyper-parameters, set as `objective.field`.
+
+    Attributes:
+        taught: whether the dense model says what is right.
+    """
 
     name: ClassVar[str]
+    taught: ClassVar[bool]
 
     def memory(self, job: RecoveryJob) -> int:
         """Bytes that it needs besides the student while training."""
@@ -47,6 +52,7 @@ class Text:
     """Cross-entropy of the next token."""
 
     name: ClassVar[str] = "objective"
+    taught: ClassVar[bool] = False
     paper: ClassVar[str] = ""
 
     def memory(self, job: RecoveryJob) -> int:
@@ -81,6 +87,7 @@ class Logits:
     top_k: int = 0
 
     name: ClassVar[str] = "objective"
+    taught: ClassVar[bool] = True
     paper: ClassVar[str] = "Hinton et al. 2015, arXiv:1503.02531"
 
     def __post_init__(self) -> None:
@@ -134,8 +141,8 @@ class Logits:
         return predicted
 
     def _cached(self, job: RecoveryJob) -> Any:
-        folder = job.work.training / "dense"
-        job.processes.on_first(lambda: self._fill(job, folder))
+        folder, rows = job.work.training / "dense", _used(job)  # asked by all processes: they agree on the plan
+        job.processes.on_first(lambda: self._fill(job, folder, rows))
 
         def predicted(inputs: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
             rows = [load_file(folder / f"{int(row):07d}.safetensors") for row in inputs["row"]]
@@ -148,10 +155,10 @@ class Logits:
         return predicted
 
     @torch.no_grad()
-    def _fill(self, job: RecoveryJob, folder: Path) -> None:
+    def _fill(self, job: RecoveryJob, folder: Path, rows: list[int]) -> None:
         """Write the predictions for every row that will be learnt from; those that are there are kept."""
         folder.mkdir(exist_ok=True)
-        missing = [row for row in _used(job) if not (folder / f"{row:07d}.safetensors").is_file()]
+        missing = [row for row in rows if not (folder / f"{row:07d}.safetensors").is_file()]
         if not missing:
             return
         dense = teacher(job)
@@ -196,6 +203,7 @@ class Hidden:
     temperature: float = 1.0
 
     name: ClassVar[str] = "objective"
+    taught: ClassVar[bool] = True
     paper: ClassVar[str] = "Muralidharan et al. 2024, arXiv:2407.14679"
 
     def __post_init__(self) -> None:

@@ -13,6 +13,10 @@ if TYPE_CHECKING:
 class Part(Protocol):
     """One thing that is trained; a frozen dataclass whose fields are its hyper-parameters.
 
+    A part that never trains all of its parameters at a time says so by `resting(student)`, the bytes of gradients and
+    moments that it spares, and `begun(student)`, a context in which only what is trained first has gradients. One that
+    is not merged where there are zeros has `kept_apart` and `save`.
+
     Attributes:
         name: under which its settings are given, as in `masklora.rank`.
     """

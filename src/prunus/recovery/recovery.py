@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 from torch import Tensor
 
 if TYPE_CHECKING:
     from prunus.progress import Progress
+    from prunus.recipe import RecoverPart
     from prunus.recovery.job import RecoveryJob
 
 
@@ -37,11 +38,24 @@ class Recovery(Protocol):
     `recover` trains, writes every block with `job.output.block`, what lies outside with `job.output.outside`, and
     leaves the rest (masks, index, description, verification, publishing) to `run.recover`. It must be able to go on
     from whatever it has put into `job.work` when it was killed. It must write +0.0 wherever `job.masks` is False.
+
+    Attributes:
+        samples: sequences that are learnt from unless the user says how many; None: all that there are.
     """
+
+    samples: ClassVar[int | None]
 
     @property
     def paper(self) -> str:
         """Title or authors, year and arXiv number; empty if there is none."""
+        ...
+
+    def needs_dense(self, part: RecoverPart) -> bool:
+        """Whether it looks at the dense model; another one then gives another result."""
+        ...
+
+    def reads(self) -> dict[str, Any]:
+        """Hashes of files of its own that decide the result; JSON values, empty if there are none."""
         ...
 
     def check(self, job: RecoveryJob) -> None:

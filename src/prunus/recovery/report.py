@@ -25,6 +25,7 @@ def recover_text(result: Result) -> str:
         f"matrices; {patterns})",
         "text": f"{text['rows']:,} sequences of {text['length']} tokens of {text['source']}",
         "training": _training(result["training"]),
+        **_guard(result.get("guard")),
         "took": clock(result["seconds"]["total"]),
         "memory": f"{bytes_text(result['peak_rss_bytes'])} at the peak",
     }
@@ -51,6 +52,17 @@ def merge_text(result: Result) -> str:
         shown["plain merge"] = f"would have left a sparsity of {percent(facts['sparsity_of_plain_merge'])}"
     head = f"Merged {facts['adapter']} into {result['model']} under its masks: {result['out']}"
     return "\n\n".join([head, pairs(shown), *(wrap(f"Warning: {text}") for text in result.get("warnings") or ())])
+
+
+def _guard(found: Result | None) -> dict[str, str]:
+    """What the limit on the perplexity was held against, if there was one."""
+    if not found:
+        return {}
+    spoken = f"; it writes: “{found['sample']}”" if found.get("sample") else ""
+    return {
+        "quality": f"perplexity {found['perplexity']:,.2f}, {found['ratio']:.2f} times the dense model's "
+        f"{found['dense']:,.2f} (at most {found['limit']:g} times allowed){spoken}"
+    }
 
 
 def _training(facts: Result) -> str:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
@@ -21,6 +23,7 @@ from prunus.recovery.training import Course, Watch, judged, micro_rows, read_log
 
 if TYPE_CHECKING:
     from prunus.progress import Progress
+    from prunus.recipe import RecoverPart
     from prunus.recovery.job import RecoveryJob
 
 STEPS = 1000
@@ -56,6 +59,7 @@ class Retrain:
     paper: str = ""
 
     name: ClassVar[str] = "training"
+    samples: ClassVar[int | None] = None
 
     def check(self, job: RecoveryJob) -> None:
         """Count what is trained on the meta device, and refuse what cannot be.
@@ -68,30 +72,45 @@ class Retrain:
             raise RecipeError(f"A batch of {batch} sequences cannot be divided among {world} processes.")
         if job.device.type == "cuda" and job.device.index and "LOCAL_RANK" not in _environment():
             raise RecipeError("Training uses the first GPU that is visible; choose it with CUDA_VISIBLE_DEVICES.")
-        objective = objective_of(job)
-        trainable = self.count(job)
+        objective = objective_of(job.part)
+        trainable, resting = self.count(job)
         if not trainable:
             raise RecipeError(f"{job.part.method} finds nothing to train in this model; choose another method.")
         job.require_memory(
-            self.memory(job, trainable) | {"dense model": objective.memory(job)},
+            self.memory(job, trainable, resting) | {"dense model": objective.memory(job)},
             "Train fewer parameters (norms, masklora with a small rank), shorter sequences (--length), or with "
             "--set checkpointing=true.",
         )
 
-    def count(self, job: RecoveryJob) -> int:
-        """Number of values that are trained, from the configuration alone."""
+    def needs_dense(self, part: RecoverPart) -> bool:
+        """If it is taught by it."""
+        return objective_of(part).taught
+
+    def reads(self) -> dict[str, Any]:
+        """Nothing."""
+        return {}
+
+    def count(self, job: RecoveryJob) -> tuple[int, int]:
+        """Number of values that are trained, and bytes that resting ones spare, from the configuration alone."""
         model = skeleton(job.folder, job.model.dtype, job.recipe.trust_remote_code)
         student = Student(model, find_blocks(model), job.masks)
         self.attach(student)
-        return sum(value.numel() for value in student.chosen)
+        spared = sum(getattr(part, "resting", _nothing)(student) for part in self.parts)
+        return sum(value.numel() for value in student.chosen), spared
 
     def attach(self, student: Student) -> None:
         """All parts, in order."""
         for part in self.parts:
             part.attach(student)
 
-    def memory(self, job: RecoveryJob, trainable: int) -> dict[str, int]:
-        """Bytes that training will take besides what the process holds now."""
+    def memory(self, job: RecoveryJob, trainable: int, resting: int) -> dict[str, int]:
+        """Bytes that training will take besides what the process holds now.
+
+        Args:
+            job: the model and the text.
+            trainable: number of values.
+            resting: bytes of their gradients and moments that are never there.
+        """
         model, length = job.model, job.lessons.train.ids.shape[1]
         config = model.config.get_text_config()
         tokens = micro_rows(job) * length
@@ -101,7 +120,7 @@ class Retrain:
         return {
             "weights": parameter_count(model) * model.dtype.itemsize,
             # Value, gradient and two moments, and the best state on its way to the disk.
-            "trained": trainable * 4 * 4,
+            "trained": trainable * 4 * 4 - resting,
             "activations": 2 * tokens * values * blocks * model.dtype.itemsize,
             "logits": 3 * tokens * config.vocab_size * 4,
             "largest matrix": 3 * largest * 4,
@@ -159,6 +178,7 @@ class Retrain:
             student.chosen = [value for value in student.model.parameters() if id(value) in ids]
         changed = student.settle()
         logits = probe_logits(student.model, inputs)
+        facts["apart"] = "adapter" if apart else None
         facts["merge_gap"] = None if apart else float((logits - adapted).abs().max() / adapted.abs().max())
         if apart:
             job.warnings.append("A merge would fill the zeros: the adapter was saved apart, in OUT/adapter.")
@@ -178,12 +198,13 @@ class Retrain:
         if found is None:
             found = self._plan(job, student, progress)
             job.processes.on_first(lambda: job.work.write("training/plan.json", found))
-        return objective_of(job).ready(job), found
+        return objective_of(job.part).ready(job), found
 
     def _plan(self, job: RecoveryJob, student: Student, progress: Progress) -> dict[str, Any]:
         part = job.part
-        seconds, judge_seconds = job.processes.agree(_pace(job, student))
-        if objective_of(job).memory(job):
+        with self._begun(student):
+            seconds, judge_seconds = job.processes.agree(_pace(job, student))
+        if objective_of(job.part).memory(job):
             seconds *= 4 / 3  # the dense model's forward pass beside the student's, which counts three
         rate, probed = part.lr or self.lr, None
         steps = part.steps or STEPS
@@ -193,8 +214,17 @@ class Retrain:
                 spare -= len(PROBED) * (PROBE_STEPS * seconds + judge_seconds)
             steps = max(1, int(spare / seconds))
         if part.probe:
-            rate, probed = self._probe(job, student, progress)
+            with self._begun(student):
+                rate, probed = self._probe(job, student, progress)
         return {"steps": steps, "lr": rate, "probed": probed, "step_seconds": seconds}
+
+    @contextmanager
+    def _begun(self, student: Student) -> Iterator[None]:
+        """Inside the context what the first step does not train has no gradients, as in that step."""
+        with ExitStack() as stack:
+            for part in self.parts:
+                stack.enter_context(getattr(part, "begun", nullcontext)(student))
+            yield
 
     def _probe(self, job: RecoveryJob, student: Student, progress: Progress) -> tuple[float, list[dict[str, float]]]:
         """A few steps of plain AdamW at each of a few rates, from the same beginning; the best held-out loss wins."""
@@ -211,6 +241,11 @@ class Retrain:
             progress.advance(f"{rate:g}: held-out {loss:.4f}")
         best = min(results, key=lambda result: result["heldout"])
         return best["lr"], results
+
+
+def _nothing(student: Student) -> int:
+    """Bytes that a part spares which trains all that it ever trains at a time."""
+    return 0
 
 
 def _few_steps(job: RecoveryJob, student: Student, rate: float) -> bool:
@@ -280,16 +315,16 @@ def write(job: RecoveryJob, student: Student, changed: set[str]) -> None:
         shutil.copyfile(log, job.work.checkpoint / "recovery.jsonl")
 
 
-def objective_of(job: RecoveryJob) -> Objective:
+def objective_of(part: RecoverPart) -> Objective:
     """The objective that the recipe names, with its settings.
 
     Raises:
         RecipeError: an unknown name or setting.
     """
-    name = job.part.objective
+    name = part.objective
     if name not in OBJECTIVES:
         raise RecipeError(f"There is no objective {name!r}.{near(name, OBJECTIVES)}")
-    given = {key: value for key, value in job.part.settings.items() if key.startswith("objective.")}
+    given = {key: value for key, value in part.settings.items() if key.startswith("objective.")}
     return configure(OBJECTIVES[name], {key.removeprefix("objective."): value for key, value in given.items()})
 
 

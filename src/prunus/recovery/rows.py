@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gzip
 import json
+import zlib
 from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
@@ -194,15 +196,20 @@ def _instructions(source: str, folder: Path, length: int) -> Rows:
 
 
 def _pairs(path: Path) -> list[tuple[str, str]]:
-    """Prompts and responses of a .jsonl file.
+    """Prompts and responses of a .jsonl file, gzipped or not.
 
     Raises:
-        CalibrationError: the file is missing, or a line lacks one of the two.
+        CalibrationError: the file is missing or damaged, or a line lacks one of the two.
     """
     if not path.is_file():
         raise CalibrationError(f"There is no file {path}; instructions come from a .jsonl file of prompt and response.")
+    try:
+        raw = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
+        lines = raw.decode("utf-8-sig").split("\n")  # not splitlines: JSON may hold other ends of lines
+    except (OSError, EOFError, zlib.error, UnicodeDecodeError) as problem:
+        raise CalibrationError(f"{path} is not a text in UTF-8 that can be read whole ({problem}).") from None
     found = []
-    for number, line in enumerate(path.read_text(encoding="utf-8-sig").splitlines(), 1):
+    for number, line in enumerate(lines, 1):
         if not line.strip():
             continue
         try:

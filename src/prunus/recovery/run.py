@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import torch
 from prunus import memory
 from prunus.distributed import Processes
 from prunus.errors import FormatError
+from prunus.evaluation import guard
 from prunus.models.checkpoint import Checkpoint
 from prunus.models.modelling import ours
 from prunus.models.source import dense_name
@@ -22,6 +24,9 @@ from prunus.recovery.masks import violations
 from prunus.recovery.recovery import Outcome, Recovery
 from prunus.running import Clock, carry_out
 from prunus.verify import verify
+
+# What a refusal for quality advises.
+CURE = "Train longer (--minutes), try another method, remove less before"
 
 
 def recover(
@@ -60,6 +65,9 @@ def recover(
 
 def _run(job: RecoveryJob, progress: Progress, clock: Clock) -> dict[str, Any]:
     """Everything after the checks."""
+    limited = job.recipe.evaluate is not None and job.recipe.evaluate.max_ppl_ratio is not None
+    dense = str(job.dense_folder()) if limited else None
+    job.processes.on_first(lambda: guard.dense_reference(job.recipe, job.work, progress, dense))
     with clock("recover"):
         outcome = job.recovery.recover(job, progress)
     return job.processes.on_first(lambda: _publish(job, outcome, progress, clock))
@@ -84,7 +92,11 @@ def _publish(job: RecoveryJob, outcome: Outcome, progress: Progress, clock: Cloc
             job.recipe.trust_remote_code or ours(folder),
         )
     progress.advance("reloaded in a fresh process")
+    if warning := collapse(outcome.after, job.model.config.get_text_config().vocab_size):
+        job.warnings.append(warning)
     result = _result(job, outcome, zeros, clock) | {"verify": checked}
+    result["guard"] = guard.check_folder(job.recipe, job.work, folder, progress, CURE)
+    result["seconds"] = clock.read()
     record = {
         "format": 1, "recipe": job.recipe.resolved(), "fingerprint": job.fingerprint, "result": result,
         "pruned": job.record,
@@ -93,6 +105,22 @@ def _publish(job: RecoveryJob, outcome: Outcome, progress: Progress, clock: Cloc
     (folder / "README.md").write_text(recovery_card(result, job.record), encoding="utf-8")
     job.work.publish(job.overwrite)
     return result
+
+
+def collapse(loss: float, vocabulary: int) -> str | None:
+    """A warning if a model predicts the held-out text worse than by guessing all tokens alike; costs nothing.
+
+    Args:
+        loss: held-out, nats a token.
+        vocabulary: number of tokens.
+    """
+    guessing = math.log(vocabulary)
+    if loss <= guessing:
+        return None
+    return (
+        f"The recovered model predicts the held-out text worse than guessing every token alike ({loss:.1f} nats a "
+        f"token; guessing: {guessing:.1f}): it is still collapsed. --max-ppl-ratio would refuse such a result."
+    )
 
 
 def check_zeros(job: RecoveryJob) -> dict[str, Any]:

@@ -6,10 +6,11 @@ import json
 from pathlib import Path
 from typing import Any
 
-from prunus.models.checkpoint import Checkpoint
+from prunus.distributed import Processes
 from prunus.progress import Progress
 from prunus.recipe import Recipe
-from prunus.recovery.job import read_record
+from prunus.recovery.job import choose, inputs, settled, text_of
+from prunus.recovery.pruned import read_record
 from prunus.recovery.run import recover as work
 
 
@@ -39,12 +40,18 @@ def recover(
 
 
 def _finished(asked: Recipe, pruned: Path, out: Path) -> dict[str, Any] | None:
-    """The result in `out`, if it is of the same recovery and of the same pruned weights."""
+    """The result in `out`, if it is of the same recovery, and nothing that it read has changed."""
     record = read_record(out)
     if not record.get("pruned") or not isinstance(record.get("result"), dict):
         return None
     names = ("model", "recover", "device", "dtype", "trust_remote_code")
     wanted = json.loads(json.dumps({name: asked.resolved()[name] for name in names}))
     same = {name: record.get("recipe", {}).get(name) for name in names} == wanted
-    same = same and record.get("fingerprint", {}).get("model") == Checkpoint.open(pruned).identity
-    return dict(record["result"]) if same else None
+    if not same or asked.recover is None:
+        return None
+    recovery = choose(asked.recover)
+    part = settled(asked.recover, recovery)
+    text = text_of(asked, part, pruned, vocabulary=None, processes=Processes())
+    hashes = json.loads(json.dumps(inputs(asked, part, recovery, pruned, text)))
+    before = record.get("fingerprint") or {}
+    return dict(record["result"]) if all(before.get(name) == value for name, value in hashes.items()) else None
