@@ -39,9 +39,9 @@ def probe(case: Case, keep: Tensor) -> dict[str, Any]:
     often = seen.count / seen.count.sum().clamp_min(1)
     entropy = -float(torch.xlogy(often, often).sum()) / math.log(pool.groups) if pool.groups > 1 else 1.0
     return {
-        "experts": pool.groups, "gone": list(curve), "lost": list(curve.values()),
+        "gone": list(curve), "lost": list(curve.values()),
         "routed": float(seen.weighted[~keep].sum()) / total if total else 0.0,
-        "cosine": cosine(case.replay.outputs(_head(case.replay.inputs[0]))), "entropy": entropy,
+        "cosine": cosine(case.replay.outputs(case.replay.hidden[0][:TOKENS])), "entropy": entropy,
     }  # fmt: skip
 
 
@@ -65,13 +65,11 @@ def warn(found: Mapping[str, Mapping[str, Any]], pools: Sequence[Pool], size: in
     if not found:
         return
     lost = {name: one["lost"][-1] for name, one in found.items()}
-    mean = sum(lost.values()) / len(lost)
+    mean = sum(lost.values()) / len(pools)
     if mean <= LIMIT:
         return
     worst = max(lost, key=lost.__getitem__)
-    gone, experts = (
-        sum(counts) for counts in zip(*((f["gone"][-1], f["experts"]) for f in found.values()), strict=True)
-    )
+    gone, experts = sum(one["gone"][-1] for one in found.values()), sum(pool.groups for pool in pools)
     routed, pairs = (sum(one[key] for one in found.values()) / len(found) for key in ("routed", "cosine"))
     _LOG.warning(
         f"These experts are not redundant: without {gone} of {experts}, {_percent(mean)} of what the mixtures put out "
@@ -93,7 +91,7 @@ def _advice(found: Mapping[str, Mapping[str, Any]], pools: Sequence[Pool], size:
         for pool in pools:
             if (one := found.get(pool.name)) is not None:
                 place = math.ceil(len(one["gone"]) * point / POINTS) - 1
-                lost += one["lost"][place] / len(found)
+                lost += one["lost"][place] / len(pools)
                 weights += one["gone"][place] * int(pool.weights[0])
         if lost > LIMIT:
             break
@@ -114,8 +112,3 @@ def _on_the_way(case: Case, keep: Tensor) -> list[Tensor]:
         one = torch.ones(spans, case.pool.groups // spans, dtype=torch.bool)
         masks.append(one.scatter_(1, order[:, :count], False).flatten())
     return masks
-
-
-def _head(batch: Tensor) -> Tensor:
-    """The beginning of the first sample."""
-    return batch[:1, :TOKENS]

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from prunus.methods.experts.seen import Entry
 from prunus.models.experts import expert_loop
 from prunus.models.pool import closed, parts
 from prunus.sites import Block, Pool
@@ -18,29 +18,36 @@ KEPT = 2**30
 
 
 class Replay:
-    """One loaded mixture and what entered it.
+    """One loaded mixture and how it was called.
 
     What an expert gives for a token does not depend on who else is there. So each expert runs once on every token, and
     a subset is then the module's own forward, router and all, with the experts' outputs looked up.
 
     Attributes:
         pool: the mixture.
-        dense: its outputs with all experts, one `[samples, tokens, d]` per batch.
+        dense: its outputs with all experts, one per call.
+        hidden: what entered its experts, one `[tokens, d]` per call.
     """
 
-    def __init__(self, block: Block, pool: Pool, inputs: list[Tensor]):
+    def __init__(self, block: Block, pool: Pool, calls: Sequence[Entry]):
         """Run the mixture as it is.
 
         Args:
             block: loaded.
             pool: one of its mixtures.
-            inputs: what enters it, one `[samples, tokens, d]` per batch.
+            calls: how the module that holds it was called, once per batch.
         """
-        self.block, self.pool, self.inputs = block, pool, inputs
+        self.block, self.pool, self.calls = block, pool, calls
         self.experts, _, self.mixture = parts(block, pool)
-        size = sum(batch.numel() * batch.element_size() for batch in inputs)
-        self._stacks = [self.outputs(batch) for batch in inputs] if size * pool.groups <= KEPT else None
+        self._stacks: list[Tensor] | None = None
+        self.hidden: list[Tensor] = []
+        handle = self.experts.register_forward_pre_hook(lambda module, args: self.hidden.append(args[0]))
         self.dense = self._run()
+        handle.remove()
+        size = sum(one.numel() * one.element_size() for one in self.hidden) * pool.groups
+        if len(self.hidden) == len(calls) and size <= KEPT:
+            self._stacks = [self.outputs(one) for one in self.hidden]
+            self.dense = self._run()
 
     def distance(self, keep: Tensor) -> float:
         """Σ over batches of ‖Z − Z_D‖_F, with bool `[experts]`, True = kept."""
@@ -58,15 +65,8 @@ class Replay:
         return gone / whole if whole else 0.0
 
     @torch.no_grad()
-    def outputs(self, batch: Tensor) -> Tensor:
-        """What every expert gives for every token of a batch, before it is weighted: `[experts, tokens, d]`."""
-        seen: list[Tensor] = []
-        handle = self.experts.register_forward_pre_hook(lambda module, args: seen.append(args[0]))
-        try:
-            self.mixture(batch)
-        finally:
-            handle.remove()
-        (hidden,) = seen
+    def outputs(self, hidden: Tensor) -> Tensor:
+        """What every expert gives for every token of `[tokens, d]`, before it is weighted: `[experts, tokens, d]`."""
         one = hidden.new_ones(len(hidden), 1)
         return torch.stack(
             [
@@ -78,11 +78,11 @@ class Replay:
     @torch.no_grad()
     def _run(self) -> list[Tensor]:
         if self._stacks is None:
-            return [_tensor(self.mixture(batch)) for batch in self.inputs]
+            return [_tensor(self.mixture(*args, **kwargs)) for args, kwargs in self.calls]
         found = []
-        for batch, stack in zip(self.inputs, self._stacks, strict=True):
+        for (args, kwargs), stack in zip(self.calls, self._stacks, strict=True):
             with _answering(self.experts, stack):
-                found.append(_tensor(self.mixture(batch)))
+                found.append(_tensor(self.mixture(*args, **kwargs)))
         return found
 
 
@@ -90,11 +90,11 @@ class Replay:
 def _answering(experts: nn.Module, stack: Tensor) -> Iterator[None]:
     """Inside the context the experts' outputs are looked up in `[experts, tokens, d]`."""
 
-    def forward(hidden: Tensor, index: Tensor, weights: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        known = index < len(stack)  # a number beyond the experts stands for none
-        row = torch.arange(len(hidden), device=hidden.device)[:, None]
-        chosen = stack[index.clamp(max=len(stack) - 1), row]
-        return (chosen * (weights * known)[..., None]).sum(1).to(hidden.dtype)
+    def forward(hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+        known = top_k_index < len(stack)  # a number beyond the experts stands for none
+        row = torch.arange(len(hidden_states), device=hidden_states.device)[:, None]
+        chosen = stack[top_k_index.clamp(max=len(stack) - 1), row]
+        return (chosen * (top_k_weights * known)[..., None]).sum(1).to(hidden_states.dtype)
 
     experts.forward = forward
     try:

@@ -6,6 +6,7 @@ import itertools
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +15,9 @@ from prunus.models.experts import expert_loop
 from prunus.models.pool import parts
 from prunus.sites import Pool
 from prunus.stream import Step
+
+# Positional and keyword arguments of a call.
+Entry = tuple[tuple, dict[str, Any]]
 
 
 @dataclass
@@ -41,16 +45,16 @@ def watch(step: Step) -> dict[str, Seen]:
     return found
 
 
-def entering(step: Step, tokens: int) -> dict[str, list[Tensor]]:
-    """Hidden states `[samples, tokens, d]` that enter each mixture, of the first batches with so many tokens."""
-    found: dict[str, list[Tensor]] = {pool.name: [] for pool in step.block.pools}
+def entering(step: Step, tokens: int) -> dict[str, list[Entry]]:
+    """How the module that holds each mixture is called, by the first batches with so many tokens."""
+    found: dict[str, list[Entry]] = {pool.name: [] for pool in step.block.pools}
     handles = []
     for pool in step.block.pools:
 
-        def entered(module: nn.Module, args: tuple, own: list[Tensor] = found[pool.name]) -> None:
-            own.append(args[0].detach())
+        def entered(module: nn.Module, args: tuple, kwargs: dict, own: list[Entry] = found[pool.name]) -> None:
+            own.append((args, kwargs))
 
-        handles.append(parts(step.block, pool)[2].register_forward_pre_hook(entered))
+        handles.append(parts(step.block, pool)[2].register_forward_pre_hook(entered, with_kwargs=True))
     try:
         step.through(first(step, tokens))
     finally:
