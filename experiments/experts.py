@@ -2,7 +2,11 @@
 
     python experiments/upcycle.py tests/assets/stories260k MODEL --text FILE [FILE ...]
     python experiments/experts.py run --model MODEL --out results.jsonl
+    python experiments/experts.py noise --model smollm2 --text wikitext2 --out results.jsonl
     python experiments/experts.py table --out results.jsonl
+
+`noise` asks what the probe's number means: how much worse a dense model predicts when so much of every feed-forward
+block's output, by its energy, is replaced by noise.
 
 Methods decide as in `prunus prune`, from rows that the model was trained on; it is then judged in memory with the
 routers closed for the experts that go, which computes what slicing them does (every `prune` checks that). Each run is a
@@ -27,12 +31,15 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
+from prunus.data.reading import read as read_text
 from prunus.distributed import Processes
+from prunus.evaluation.windows import cut as cut_windows
 from prunus.evidence import Evidence
 from prunus.job import prepare
 from prunus.methods.shape import Plan
 from prunus.models.discover import find_blocks
 from prunus.models.pool import attach_pools, closed
+from prunus.models.source import locate
 from prunus.notes import collecting
 from prunus.output import Output
 from prunus.progress import Silent
@@ -42,6 +49,7 @@ from prunus.sites import Block
 from prunus.versions import versions
 
 SAMPLES, LENGTH, SEEDS = 64, 128, 3
+SHARES, NOISY = (0.0, 0.01, 0.03, 0.1, 0.2, 0.3, 0.5, 1.0), 4
 RUNS: dict[str, dict[str, Any]] = {
     "reap": {"method": "reap"},
     "naee": {"method": "naee"},
@@ -59,18 +67,19 @@ RUNS: dict[str, dict[str, Any]] = {
 def main() -> None:
     """Run what is missing, or print what is there."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("task", choices=("run", "table"))
-    parser.add_argument("--model", type=Path)
+    parser.add_argument("task", choices=("run", "noise", "table"))
+    parser.add_argument("--model", type=Path, help="a folder; for noise also an alias")
     parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--text", default="wikitext2", help="for noise")
     parser.add_argument("--shares", type=float, nargs="+", default=[0.25, 0.5], help="of the experts to remove")
     parser.add_argument("--runs", nargs="+", default=list(RUNS), choices=RUNS)
     asked = parser.parse_args()
-    run(asked) if asked.task == "run" else table(read(asked.out))
+    torch.set_num_threads(1)
+    {"run": run, "noise": noise, "table": lambda asked: table(read(asked.out))}[asked.task](asked)
 
 
 def run(asked: argparse.Namespace) -> None:
     """Run what is missing in the result file."""
-    torch.set_num_threads(1)
     beside = asked.model.with_name(f"{asked.model.name}.rows")
     held = [torch.from_numpy(numpy.load(file)) for file in sorted(beside.glob("held-*.npy"))]
     model = AutoModelForCausalLM.from_pretrained(asked.model, dtype=torch.float32).eval()
@@ -88,9 +97,43 @@ def run(asked: argparse.Namespace) -> None:
             "left": [int(mask.sum()) for mask in keep.values()], **more, "seconds": round(seconds, 1),
             "versions": versions(),
         }  # fmt: skip
-        with asked.out.open("a", encoding="utf-8") as stream:
-            stream.write(json.dumps(row) + "\n")
-        print(asked.model.name, name, share, *(f"{math.exp(loss):.3f}" for loss in row["losses"]), flush=True)
+        _write(asked.out, row)
+
+
+@torch.no_grad()
+def noise(asked: argparse.Namespace) -> None:
+    """Losses of a dense model whose feed-forward outputs change by so much."""
+    folder = locate(str(asked.model))
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    windows = cut_windows(read_text(asked.text, purpose="evaluation"), folder, 512, "auto")
+    rows = torch.cat([windows.pair(number)[0] for number in range(NOISY)])
+    done = {(row["model"], row["name"], row["share"]) for row in read(asked.out)}
+    for share in SHARES:
+        if (str(asked.model), "noise", share) in done:
+            continue
+        generator = torch.Generator().manual_seed(0)
+
+        def disturbed(module: Any, args: tuple, out: Tensor, share: float = share, dice: Any = generator) -> Tensor:
+            change = torch.randn(out.shape, generator=dice)
+            return out + share**0.5 * out.norm(dim=-1, keepdim=True) * change / change.norm(dim=-1, keepdim=True)
+
+        found = [part for name, part in model.named_modules() if name.endswith(".mlp")]
+        handles = [part.register_forward_hook(disturbed) for part in found]
+        loss = float(model(input_ids=rows, labels=rows).loss)
+        for handle in handles:
+            handle.remove()
+        _write(asked.out, {
+            "model": str(asked.model), "name": "noise", "share": share, "losses": [loss], "blocks": len(found),
+            "versions": versions(),
+        })  # fmt: skip
+
+
+def _write(path: Path, row: dict[str, Any]) -> None:
+    """Add a line, and show it."""
+    with path.open("a", encoding="utf-8") as stream:
+        stream.write(json.dumps(row) + "\n")
+    values = (f"{math.exp(loss):.3f}" for loss in row["losses"])
+    print(row["model"], row["name"], row["share"], *values, flush=True)
 
 
 def _decided(
@@ -140,6 +183,10 @@ def losses(model: Any, blocks: list[Block], keep: Mapping[str, Tensor], held: li
 
 def table(rows: list[dict[str, Any]]) -> None:
     """Perplexities on all held-out texts together, one line per way, one column per model and share."""
+    noisy = {(row["model"], row["share"]): row["losses"][0] for row in rows if row["name"] == "noise"}
+    for (model, share), loss in noisy.items():
+        print(f"{model}: {100 * share:g} % noise, perplexity x {math.exp(loss - noisy[model, 0.0]):.2f}")
+    rows = [row for row in rows if row["name"] != "noise"]
     found = {(row["model"], row["share"], row["name"]): row for row in rows}
     columns = sorted({(row["model"], row["share"]) for row in rows if row["share"]})
     dense = {row["model"]: row for row in rows if row["name"] == "dense"}
@@ -157,7 +204,7 @@ def _lines() -> Iterator[tuple[str, list[str]]]:
 
 
 def _mean(rows: list[dict[str, Any]]) -> str:
-    """exp of the mean loss over texts (and rows)."""
+    """Perplexity: exp of the mean loss over texts (and rows)."""
     values = [loss for row in rows for loss in row["losses"]]
     return f"{math.exp(sum(values) / len(values)):.2f}" if values else "-"
 

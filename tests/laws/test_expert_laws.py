@@ -12,6 +12,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from prunus.errors import RecipeError
 from prunus.methods.experts.choice import Case, Exhaustive, Genetic, child, every, founders, mask, number
 from prunus.methods.experts.counts import apportioned
 from prunus.methods.experts.redundancy import cosine
@@ -126,3 +127,9 @@ def test_the_cosine_of_experts_is_that_of_their_outputs_pair_by_pair():
     assert cosine(outputs) == pytest.approx(sum(pairs) / len(pairs), abs=1e-6)
     assert cosine(outputs[:1].expand(4, -1, -1)) == pytest.approx(1.0)
     assert cosine(torch.eye(4)[:, None]) == pytest.approx(0.0)
+
+
+def test_what_cannot_be_tried_is_refused_before_the_work():
+    with pytest.raises(RecipeError, match=r"m has 488,526,937,079,580 subsets of 48 of 64 experts.*moe-i2 or reap"):
+        Exhaustive().check(pool(64), 48)
+    Genetic().check(pool(64), 48)
