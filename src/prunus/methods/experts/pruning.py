@@ -156,7 +156,10 @@ def _alone(step: Step) -> None:
         RecipeError: there are several.
     """
     if step.processes.world > 1:
-        raise RecipeError("Subsets of experts are tried by one process; start one, or use --method reap.")
+        raise RecipeError(
+            "Mixtures are compared without some of their experts by one process alone; start one, or use --method reap "
+            "with equal counts (method.counts=uniform)."
+        )
 
 
 def _side_by_side(rows: list[Tensor]) -> Tensor:

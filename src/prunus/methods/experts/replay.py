@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
 
+from prunus.errors import ModelError
 from prunus.methods.experts.seen import Entry
 from prunus.models.experts import expert_loop
 from prunus.models.pool import closed, parts
@@ -50,19 +52,36 @@ class Replay:
             self.dense = self._run()
 
     def distance(self, keep: Tensor) -> float:
-        """Σ over batches of ‖Z − Z_D‖_F, with bool `[experts]`, True = kept."""
+        """Σ over calls of ‖Z − Z_D‖_F, with bool `[experts]`, True = kept.
+
+        Raises:
+            ModelError: the outputs overflow the dtype.
+        """
+        return self._finite(sum(float(change.norm()) for change in self._changes(keep)))
+
+    def lost(self, keep: Tensor) -> float:
+        """‖Z − Z_D‖² / ‖Z‖² over all calls: the share of the mixture's output that changes.
+
+        Raises:
+            ModelError: the outputs overflow the dtype.
+        """
+        whole = self._finite(sum(float(own.double().square().sum()) for own in self.dense))
+        gone = self._finite(sum(float(change.square().sum()) for change in self._changes(keep)))
+        return gone / whole if whole else 0.0
+
+    def _changes(self, keep: Tensor) -> Iterator[Tensor]:
         with closed(self.block, self.pool, keep):
             # float64: subsets may differ by little.
             pairs = zip(self._run(), self.dense, strict=True)
-            return sum(float((one.double() - own.double()).norm()) for one, own in pairs)
+            yield from (one.double() - own.double() for one, own in pairs)
 
-    def lost(self, keep: Tensor) -> float:
-        """‖Z − Z_D‖² / ‖Z‖² over all batches: the share of the mixture's output that changes."""
-        with closed(self.block, self.pool, keep):
-            pairs = zip(self._run(), self.dense, strict=True)
-            gone = sum(float((one.double() - own.double()).square().sum()) for one, own in pairs)
-        whole = sum(float(own.double().square().sum()) for own in self.dense)
-        return gone / whole if whole else 0.0
+    def _finite(self, value: float) -> float:
+        if not math.isfinite(value):
+            raise ModelError(
+                f"The outputs of {self.pool.name} are not finite in {self.dense[0].dtype}. "
+                "Use --dtype float32 or bfloat16."
+            )
+        return value
 
     @torch.no_grad()
     def outputs(self, hidden: Tensor) -> Tensor:
