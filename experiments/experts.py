@@ -49,6 +49,7 @@ from prunus.sites import Block
 from prunus.versions import versions
 
 SAMPLES, LENGTH, SEEDS = 64, 128, 3
+REMOVED = (0.25, 0.5)
 SHARES, NOISY = (0.0, 0.01, 0.03, 0.1, 0.2, 0.3, 0.5, 1.0), 4
 RUNS: dict[str, dict[str, Any]] = {
     "reap": {"method": "reap"},
@@ -71,7 +72,7 @@ def main() -> None:
     parser.add_argument("--model", type=Path, help="a folder; for noise also an alias")
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--text", default="wikitext2", help="for noise")
-    parser.add_argument("--shares", type=float, nargs="+", default=[0.25, 0.5], help="of the experts to remove")
+    parser.add_argument("--shares", type=float, nargs="+", help="of the experts to remove, or of noise")
     parser.add_argument("--runs", nargs="+", default=list(RUNS), choices=RUNS)
     asked = parser.parse_args()
     torch.set_num_threads(1)
@@ -86,7 +87,7 @@ def run(asked: argparse.Namespace) -> None:
     blocks = find_blocks(model)
     attach_pools(blocks)
     done = {(row["model"], row["name"], row["share"]) for row in read(asked.out)}
-    for name, share in [("dense", 0.0), *((name, share) for share in asked.shares for name in asked.runs)]:
+    for name, share in [("dense", 0.0), *((name, share) for share in asked.shares or REMOVED for name in asked.runs)]:
         if (asked.model.name, name, share) in done:
             continue
         begun = time.perf_counter()
@@ -108,7 +109,7 @@ def noise(asked: argparse.Namespace) -> None:
     windows = cut_windows(read_text(asked.text, purpose="evaluation"), folder, 512, "auto")
     rows = torch.cat([windows.pair(number)[0] for number in range(NOISY)])
     done = {(row["model"], row["name"], row["share"]) for row in read(asked.out)}
-    for share in SHARES:
+    for share in asked.shares or SHARES:
         if (str(asked.model), "noise", share) in done:
             continue
         generator = torch.Generator().manual_seed(0)

@@ -19,6 +19,7 @@ from prunus.job import Job, prepare
 from prunus.methods import EXPERTS
 from prunus.methods.experts import reception, replay
 from prunus.methods.experts.pruning import Experts
+from prunus.methods.experts.redundancy import LIMIT
 from prunus.methods.shape import Plan
 from prunus.models.discover import find_blocks
 from prunus.models.pool import closed, find_pools, parts
@@ -254,7 +255,7 @@ def test_copies_may_go_in_peace_and_experts_of_their_own_may_not(method, tmp_pat
     (line,) = loud
     assert "not redundant: without 20 of 40" in line and "% of what the mixtures put out" in line
     least = [one["lost"][0] for one in strangers]
-    assert ("Remove fewer" in line) == (sum(least) / len(least) > 0.25)
+    assert ("Remove fewer" in line) == (sum(least) / len(least) > LIMIT)
 
 
 @pytest.mark.parametrize(

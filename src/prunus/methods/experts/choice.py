@@ -7,7 +7,7 @@ import math
 import random
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import ClassVar, Protocol
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -89,9 +89,9 @@ class Ranked:
 
     score: ExpertScore = field(default_factory=RouterWeighted)
 
-    compares: ClassVar[bool] = False
-    candidates: ClassVar[int] = 1
-    span: ClassVar[int] = 1
+    compares = False
+    candidates = 1
+    span = 1
 
     def check(self, pool: Pool, left: int) -> None:
         """Any mixture will do."""
@@ -105,9 +105,9 @@ class Ranked:
 class Exhaustive:
     """Of all subsets, that whose mixture differs least from the dense one: argmin Σ ‖Z − Z_D‖_F (NAEE, §3.2)."""
 
-    compares: ClassVar[bool] = True
-    candidates: ClassVar[int] = 1
-    span: ClassVar[int] = 1
+    compares = True
+    candidates = 1
+    span = 1
 
     def check(self, pool: Pool, left: int) -> None:
         """See the protocol."""
@@ -147,7 +147,7 @@ class Genetic:
     span: int = 3
     seed: int = 0
 
-    compares: ClassVar[bool] = True
+    compares = True
 
     def __post_init__(self) -> None:
         """Check the ranges.
