@@ -14,9 +14,10 @@ from prunus.methods.experts.choice import Case
 from prunus.sites import Pool
 
 _LOG = logging.getLogger("prunus")
-# Share of the mixtures' outputs that may change, on average. As noise in every block it multiplies the perplexity of
-# stories260k (5 blocks) by 1.16, that of SmolLM2-135M (30 blocks) by 25 (experiments/experts.py noise).
-LIMIT = 0.1
+# Sum over all mixtures of the share of their outputs that may change; and nats a token that each unit of it cost above
+# that, at least and at most, as noise in stories260k (5 blocks) and SmolLM2-135M (30): experiments/experts.py.
+LIMIT = 0.5
+COST = (0.3, 1.1)
 # Numbers of removed experts that are tried on the way to all that go, and tokens on which outputs are compared.
 POINTS, TOKENS = 8, 256
 
@@ -56,7 +57,7 @@ def cosine(outputs: Tensor) -> float:
 
 
 def warn(found: Mapping[str, Mapping[str, Any]], pools: Sequence[Pool], size: int) -> None:
-    """Say so, through the logger, where more goes than the others can make up for.
+    """Say so, through the logger, where more goes than the others can make up for: Σ over mixtures of `lost` > `LIMIT`.
 
     Args:
         found: mixture -> what `probe` gave.
@@ -66,18 +67,24 @@ def warn(found: Mapping[str, Mapping[str, Any]], pools: Sequence[Pool], size: in
     if not found:
         return
     lost = {name: one["lost"][-1] for name, one in found.items()}
-    mean = sum(lost.values()) / len(pools)
-    if mean <= LIMIT:
+    total = sum(lost.values())
+    if total <= LIMIT:
         return
     worst = max(lost, key=lost.__getitem__)
     gone, experts = sum(one["gone"][-1] for one in found.values()), sum(pool.groups for pool in pools)
     routed, pairs = (sum(one[key] for one in found.values()) / len(found) for key in ("routed", "cosine"))
+    low, high = (_times(math.exp(min(nats * total, 99.0))) for nats in COST)
     _LOG.warning(
-        f"These experts are not redundant: without {gone} of {experts}, {_percent(mean)} of what the mixtures put out "
-        f"on the calibration text changes (most in {worst}: {_percent(lost[worst])}), and beyond {_percent(LIMIT)} "
-        f"models tend to break. Those that go gave {_percent(routed)} of the routed output, and two experts' outputs "
-        f"for one token have a mean cosine of {pairs:.2f}. {_advice(found, pools, size)}"
+        f"These experts are not redundant: without {gone} of {experts}, {_percent(total / len(pools))} of what a "
+        f"mixture puts out on the calibration text changes (most in {worst}: {_percent(lost[worst])}). Where it was "
+        f"measured, so much in {len(pools)} mixtures made perplexity {low} to {high} times as large. Those that go "
+        f"gave {_percent(routed)} of the routed output, and two experts' outputs for one token have a mean cosine of "
+        f"{pairs:.2f}. {_advice(found, pools, size)}"
     )
+
+
+def _times(factor: float) -> str:
+    return f"{factor:.1f}" if factor < 100 else "over 100"
 
 
 def _percent(share: float) -> str:
@@ -92,7 +99,7 @@ def _advice(found: Mapping[str, Mapping[str, Any]], pools: Sequence[Pool], size:
         for pool in pools:
             if (one := found.get(pool.name)) is not None:
                 place = math.ceil(len(one["gone"]) * point / POINTS) - 1
-                lost += one["lost"][place] / len(pools)
+                lost += one["lost"][place]
                 weights += one["gone"][place] * int(pool.weights[0])
         if lost > LIMIT:
             break
