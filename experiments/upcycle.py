@@ -1,9 +1,11 @@
 """A mixture of experts that really was trained, made from a dense Llama: each expert a copy trained apart.
 
-    python experiments/upcycle.py tests/assets/stories260k OUT --text FILE --experts 8 --minutes 3
+    python experiments/upcycle.py tests/assets/stories260k OUT --text FILE [FILE ...] --experts 8 --steps 300
 
 Each expert's copy of the feed-forward blocks is trained on its own share of the text, with everything else frozen;
-then the routers are trained on all of it with the experts frozen. What results is an ordinary Mixtral folder.
+then the routers are trained on all of it with the experts frozen. Shares of one text give experts that know much the
+same; several texts give experts that do not. What results is an ordinary Mixtral folder, and beside it `OUT.rows` with
+token ids of what was trained on (`train.npy`) and of what was held out of each text (`held-0.npy`, ...).
 """
 
 from __future__ import annotations
@@ -11,14 +13,23 @@ from __future__ import annotations
 import argparse
 import copy
 import json
-import time
 from pathlib import Path
 
+import numpy
 import torch
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, AutoTokenizer, MixtralConfig, MixtralForCausalLM
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    MixtralConfig,
+    MixtralForCausalLM,
+    PreTrainedTokenizerBase,
+)
 
-LENGTH, BATCH = 128, 8
+from prunus.data.reading import read
+
+LENGTH, BATCH, HELD = 128, 8, 64
+HEAD = 800_000  # characters of each text
 
 
 def main() -> None:
@@ -26,47 +37,57 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("dense", type=Path)
     parser.add_argument("out", type=Path)
-    parser.add_argument("--text", type=Path, required=True)
+    parser.add_argument("--text", type=Path, required=True, nargs="+")
     parser.add_argument("--experts", type=int, default=8)
     parser.add_argument("--chosen", type=int, default=2)
-    parser.add_argument("--minutes", type=float, default=3.0)
+    parser.add_argument("--steps", type=int, default=300, help="of each expert, and of the routers")
     asked = parser.parse_args()
     torch.manual_seed(0)
     torch.set_num_threads(1)
     dense = AutoModelForCausalLM.from_pretrained(asked.dense, dtype=torch.float32)
     tokenizer = AutoTokenizer.from_pretrained(asked.dense)
-    ids = torch.tensor(tokenizer(asked.text.read_text(encoding="utf-8"), verbose=False)["input_ids"])
-    rows = ids[: len(ids) // LENGTH * LENGTH].view(-1, LENGTH)
-    held, rows = rows[-32:], rows[:-32]
-    before = loss(dense, held)
-    each = asked.minutes * 60 / (asked.experts + 1)
-    copies = [trained(copy.deepcopy(dense), share, each) for share in rows.chunk(asked.experts)]
+    texts = [tokenised(tokenizer, text) for text in asked.text]
+    held, rows = [text[-HELD:] for text in texts], [text[:-HELD] for text in texts]
+    before = [loss(dense, one) for one in held]
+    shares = [share for text in rows for share in text.chunk(asked.experts // len(texts))]
+    copies = [trained(copy.deepcopy(dense), share, asked.steps) for share in shares]
     mixture = mixed(dense, copies, asked.chosen)
-    untrained = loss(mixture, held)
+    untrained = [loss(mixture, one) for one in held]
     for name, value in mixture.named_parameters():
         value.requires_grad_("gate" in name and "gate_up" not in name)
-    descend(mixture, rows, each, 1e-2)
-    report = {"dense": before, "mixture with random routers": untrained, "mixture": loss(mixture, held)}
+    descend(mixture, torch.cat(rows), asked.steps, 1e-2)
+    report = {"dense": before, "random routers": untrained, "mixture": [loss(mixture, one) for one in held]}
     mixture.save_pretrained(asked.out)
     tokenizer.save_pretrained(asked.out)
     (asked.out / "upcycle.json").write_text(json.dumps({"held-out loss": report, **vars(asked)}, default=str, indent=1))
+    beside = asked.out.with_name(f"{asked.out.name}.rows")
+    beside.mkdir(exist_ok=True)
+    numpy.save(beside / "train.npy", torch.cat(rows)[torch.randperm(sum(map(len, rows)))].numpy())
+    for number, one in enumerate(held):
+        numpy.save(beside / f"held-{number}.npy", one.numpy())
     print(json.dumps(report, indent=1))
 
 
-def trained(model: nn.Module, rows: Tensor, seconds: float) -> nn.Module:
+def tokenised(tokenizer: PreTrainedTokenizerBase, text: Path) -> Tensor:
+    """The head of a text as int64 `[rows, LENGTH]`."""
+    documents = read(text, purpose="calibration").documents
+    ids = torch.tensor(tokenizer("\n\n".join(documents)[:HEAD], verbose=False)["input_ids"])
+    return ids[: len(ids) // LENGTH * LENGTH].view(-1, LENGTH)
+
+
+def trained(model: nn.Module, rows: Tensor, steps: int) -> nn.Module:
     """A copy whose feed-forward blocks were trained on its own share of the text."""
     for name, value in model.named_parameters():
         value.requires_grad_(".mlp." in name)
-    descend(model, rows, seconds, 1e-3)
+    descend(model, rows, steps, 1e-3)
     return model
 
 
-def descend(model: nn.Module, rows: Tensor, seconds: float, rate: float) -> None:
-    """Adam on the parameters that want gradients, for so long."""
+def descend(model: nn.Module, rows: Tensor, steps: int, rate: float) -> None:
+    """Adam on the parameters that want gradients."""
     optimiser = torch.optim.Adam([value for value in model.parameters() if value.requires_grad], lr=rate)
-    end = time.monotonic() + seconds
     model.train()
-    while time.monotonic() < end:
+    for _ in range(steps):
         batch = rows[torch.randint(len(rows), (BATCH,))]
         optimiser.zero_grad()
         model(input_ids=batch, labels=batch).loss.backward()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from pathlib import Path
 
 import pytest
@@ -11,7 +10,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 import prunus
 from prunus.errors import ModelError, RecipeError
-from prunus.methods.experts.pruning import best, search
+from prunus.methods.experts.choice import best
 from prunus.methods.experts.scores import RouterWeighted
 from prunus.methods.experts.seen import Seen, _count
 from prunus.models.discover import find_blocks
@@ -95,19 +94,6 @@ def test_the_same_number_goes_from_every_group() -> None:
     scores = torch.tensor([9.0, 8.0, 7.0, 6.0, 1.0, 2.0, 3.0, 3.0])
     assert best(scores, 4, spans=2).nonzero().flatten().tolist() == [0, 1, 6, 7]
     assert best(scores, 4, spans=1).nonzero().flatten().tolist() == [0, 1, 2, 3]
-
-
-def test_the_exhaustive_search_finds_the_least_of_all_subsets() -> None:
-    _, pool = last_pool(mixture("olmoe"))
-    costs = torch.rand(8, 8, generator=torch.Generator().manual_seed(4))
-
-    def measure(keep: torch.Tensor) -> float:
-        gone = (~keep).nonzero().flatten()
-        return float(costs[gone][:, gone].sum())
-
-    found = search(measure, pool, 6)
-    by_hand = min(itertools.combinations(range(8), 2), key=lambda pair: float(costs[list(pair)][:, list(pair)].sum()))
-    assert (~found).nonzero().flatten().tolist() == list(by_hand)
 
 
 @pytest.mark.parametrize(("kind", "method"), [("mixtral", "naee"), ("deepseek_v3", "reap")])

@@ -84,7 +84,7 @@ def cut(
         stats = evidence.of(step, method.gathers) if method.gathers else {}
         edits = method.narrow(step.block, stats, plan)
         report = _block(job, step, dense[step.block.name], edits)
-        report["seconds"] = time.monotonic() - begun
+        report |= {"seconds": time.monotonic() - begun, **plan.reports.get(step.block.name, {})}
         changed, cuts = _changed(step.block, [edit for edit in edits if isinstance(edit, Narrow)])
         splits = _splits(step.block, report["ranks"])
         job.processes.on_first(partial(output.block, step.block, report, changed, cuts, splits=splits))

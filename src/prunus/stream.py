@@ -62,6 +62,7 @@ class Step:
         rerun: runs the block as it is now.
         inputs: what it was given, one tensor per batch.
         processes: this process among its peers.
+        through: runs the block as it is now on other hidden states, in place of those of the first batches.
     """
 
     block: Block
@@ -71,6 +72,7 @@ class Step:
     rerun: Callable[[], list[Tensor]]
     inputs: list[Tensor]
     processes: Processes
+    through: Callable[[list[Tensor]], list[Tensor]]
 
     @torch.no_grad()
     def propagate(self) -> float:
@@ -198,20 +200,24 @@ class Stream:
         # The same observed computation again, so that a resumed run, which only runs, gets the same bits.
         again = lambda: self._run(block, batches, Gatherer(block, frozenset()))  # noqa: E731
         inputs = [batch.hidden for batch in batches if batch.hidden is not None]
-        step = Step(block, gatherer.finish(self.processes), dense, dense, again, inputs, self.processes)
+        through = lambda hidden: self._run(block, batches, Gatherer(block, frozenset()), hidden)  # noqa: E731
+        step = Step(block, gatherer.finish(self.processes), dense, dense, again, inputs, self.processes, through)
         if ready is None:
             yield step
         for batch, hidden in zip(batches, step.outputs, strict=True):
             batch.hidden = hidden
         self.weights.drop(block.module)
 
-    def _run(self, block: Block, batches: list[Batch], gatherer: Gatherer) -> list[Tensor]:
+    def _run(
+        self, block: Block, batches: list[Batch], gatherer: Gatherer, other: list[Tensor] | None = None
+    ) -> list[Tensor]:
+        """Outputs for the hidden states of every batch, or for `other` ones of the first batches."""
         outputs = []
         with gatherer.watching():
-            for batch in batches:
+            for batch, hidden in zip(batches, other or [batch.hidden for batch in batches], strict=other is None):
                 gatherer.begin(batch.samples)
-                assert batch.hidden is not None, "walk captures before it visits"
-                outputs.append(batch.calls[block.name](block.module, batch.hidden.to(self.device)).cpu())
+                assert hidden is not None, "walk captures before it visits"
+                outputs.append(batch.calls[block.name](block.module, hidden.to(self.device)).cpu())
         return outputs
 
     @torch.no_grad()

@@ -79,7 +79,8 @@ class Survey:
         """Walk the dense model and apply `function` to each block that runs.
 
         Args:
-            function: `(block with its inputs and outputs, statistics of its matrices) → tensor`.
+            function: `(block with its inputs and outputs, statistics of its matrices) → tensor`, or None: the block is
+                visited again by a resumed run, and nothing is returned for it.
             needs: types of statistics.
             text: False: blocks are run on the probe alone, and nothing is gathered.
 
@@ -94,7 +95,8 @@ class Survey:
             for step in self.stream.walk(
                 batches, of_inputs(needs), lambda block: dense if block.name in values else None
             ):
-                self._keep(step.block.name, function(step, self.evidence.of(step, needs)), names, values)
+                if (value := function(step, self.evidence.of(step, needs))) is not None:
+                    self._keep(step.block.name, value, names, values)
         return {name: values[name] for name in names if name in values}
 
     def trials(self, trial: Trial, samples: int) -> dict[str, Tensor]:

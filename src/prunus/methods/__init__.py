@@ -5,7 +5,8 @@ from __future__ import annotations
 from prunus.methods.depth.depth import Depth
 from prunus.methods.depth.rankings import Angular, BlockInfluence, Greedy, SingleLoss, Taylor, Top
 from prunus.methods.elementwise import Elementwise
-from prunus.methods.experts.pruning import Exhaustive, Ranked
+from prunus.methods.experts.choice import Exhaustive, Genetic, Ranked
+from prunus.methods.experts.pruning import Experts
 from prunus.methods.experts.scores import Frequency, OutputNorm, RouterWeighted
 from prunus.methods.lowrank.lowrank import LowRank
 from prunus.methods.lowrank.scores import Plain, Scaled, Whitened
@@ -48,10 +49,11 @@ DEPTH: dict[str, Depth] = {
 }
 
 EXPERTS: dict[str, Shape] = {
-    "reap": Ranked(RouterWeighted(), paper="Lasby et al. 2025, arXiv:2510.13999"),
-    "frequency": Ranked(Frequency(), paper="Lasby et al. 2025, arXiv:2510.13999 (baseline)"),
-    "output-norm": Ranked(OutputNorm(), paper="Lasby et al. 2025, arXiv:2510.13999 (baseline)"),
-    "naee": Exhaustive(paper="Lu et al. 2024, arXiv:2402.14800"),
+    "reap": Experts(Ranked(RouterWeighted()), paper="Lasby et al. 2025, arXiv:2510.13999"),
+    "frequency": Experts(Ranked(Frequency()), paper="Lasby et al. 2025, arXiv:2510.13999 (baseline)"),
+    "output-norm": Experts(Ranked(OutputNorm()), paper="Lasby et al. 2025, arXiv:2510.13999 (baseline)"),
+    "naee": Experts(Exhaustive(), paper="Lu et al. 2024, arXiv:2402.14800"),
+    "moe-i2": Experts(Genetic(), counts="inverse", paper="Yang et al. 2024, arXiv:2411.01016 (first stage)"),
 }
 
 RANKS: dict[str, LowRank] = {

@@ -20,7 +20,7 @@ Setting = str | float | int | bool
 Part = TypeVar("Part")
 _AXES = ("metric", "pattern", "update", "allocation")
 # Fields of methods that are no settings.
-_PARTS = ("paper", "score", "ranking")
+_PARTS = ("paper", "score", "ranking", "choice")
 
 
 def compose(
@@ -97,8 +97,8 @@ def _refuse_axes(method: str, **given: str | None) -> None:
 
 
 def shaped(base: Shape, settings: Mapping[str, Setting], compat: str) -> Shape:
-    """A method that makes shapes smaller, with its settings: `method.field`, `score.field`, `ranking.field`."""
-    axes = ("method", *(axis for axis in ("score", "ranking") if hasattr(base, axis)))
+    """A method that makes shapes smaller, with its settings: `method.`, `score.`, `ranking.` or `choice.field`."""
+    axes = ("method", *(axis for axis in ("score", "ranking", "choice") if hasattr(base, axis)))
     wanted = _by_axis(settings, axes)
     parts = {axis: base if axis == "method" else getattr(base, axis) for axis in axes}
     if compat != "exact":

@@ -13,8 +13,8 @@ from prunus.sites import Block, Kind, SiteInfo
 from prunus.statistics import SiteStats
 from prunus.stream import Step
 
-# `visit(one block, its statistics) -> value`.
-Visit = Callable[[Step, Mapping[str, SiteStats]], Tensor]
+# `visit(one block, its statistics) -> value`, or None if nothing is to be kept for the block itself.
+Visit = Callable[[Step, Mapping[str, SiteStats]], Tensor | None]
 
 
 @dataclass(frozen=True, eq=False)
@@ -27,6 +27,7 @@ class Plan:
         count: width → how many groups stay; which ones is decided when its block is reached.
         facts: width → what was learned about it from the dense model.
         ranks: matrix → its rank, of those that become two.
+        reports: block → JSON values that its report holds beside the usual.
     """
 
     dropped: frozenset[str] = frozenset()
@@ -34,6 +35,7 @@ class Plan:
     count: Mapping[str, int] = field(default_factory=dict)
     facts: Mapping[str, Any] = field(default_factory=dict)
     ranks: Mapping[str, int] = field(default_factory=dict)
+    reports: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
 
 
 class Blocks(Protocol):

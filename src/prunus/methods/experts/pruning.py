@@ -1,95 +1,43 @@
-"""Experts go: the same number from every mixture, so that stock classes load the result."""
+"""Experts go, with their rows of the router."""
 
 from __future__ import annotations
 
-import itertools
-import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from prunus.edits import Narrow
 from prunus.errors import RecipeError
-from prunus.methods.experts.scores import ExpertScore, RouterWeighted
-from prunus.methods.experts.seen import watch
+from prunus.methods.experts.choice import Case, Choice, Ranked, mask
+from prunus.methods.experts.counts import Counts, apportioned, pools_of, target, uniform
+from prunus.methods.experts.reception import receive
+from prunus.methods.experts.redundancy import probe, warn
+from prunus.methods.experts.replay import Replay
+from prunus.methods.experts.seen import entering, watch
 from prunus.methods.shape import Blocks, Plan
-from prunus.models.pool import closed, parts
-from prunus.sites import Block, Kind, Pool, SiteInfo
+from prunus.sites import Block, Kind, SiteInfo
 from prunus.statistics import BlockStates, SiteStats
 from prunus.stream import Step
 
-# Subsets that the exhaustive search tries in a mixture, at most: C(16, 8).
-SUBSETS = math.comb(16, 8)
-
 
 @dataclass(frozen=True)
-class Ranked:
-    """The experts of lowest score go. Where a router chooses among groups first, the same number from each.
+class Experts:
+    """How many experts each mixture keeps, and which. Where a router chooses among groups, equally many of each go.
 
     Attributes:
-        score: what an expert is worth.
+        choice: which stay.
+        counts: how many go. `uniform`: the same share of every mixture, which stock classes load. `inverse`: in
+            proportion to 1 / the mixture's importance (MoE-I²). `rank`: by its place in the order of importances. The
+            importance is Σ over its experts of Σ ‖Z − Z without that expert‖_F.
+        tokens: calibration tokens on which mixtures are run without some of their experts, at least 1.
         paper: where it was published.
     """
 
-    score: ExpertScore = field(default_factory=RouterWeighted)
-    paper: str = ""
-
-    @property
-    def touches(self) -> tuple[Kind, ...]:
-        """Experts."""
-        return ("experts",)
-
-    @property
-    def needs(self) -> frozenset[type]:
-        """Text: mixtures are looked at as they run."""
-        return frozenset({BlockStates})
-
-    @property
-    def gathers(self) -> frozenset[type]:
-        """Nothing after the plan."""
-        return frozenset()
-
-    def check(self, info: SiteInfo) -> None:
-        """Any matrix will do."""
-
-    def plan(self, survey: Blocks, sparsity: float) -> Plan:
-        """Masks of all mixtures.
-
-        Raises:
-            RecipeError: so many experts cannot go.
-        """
-        left = counts(survey, sparsity)
-
-        def visit(step: Step, stats: Mapping[str, SiteStats]) -> Tensor:
-            values = [self.score(seen) for seen in watch(step).values()]
-            return torch.cat(values) if values else torch.zeros(0, dtype=torch.float64)
-
-        found = survey.visit(visit, self.needs)
-        keep = {}
-        for block in survey.blocks:
-            scores = found[block.name].split([pool.groups for pool in block.pools])
-            for pool, own in zip(block.pools, scores, strict=True):
-                keep[pool.name] = best(own, left[pool.name], pool.spans)
-        return Plan(keep=keep)
-
-    def narrow(self, block: Block, stats: Mapping[str, SiteStats], plan: Plan) -> list[Narrow]:
-        """One edit for each mixture that loses an expert."""
-        return edits(block, plan)
-
-
-@dataclass(frozen=True)
-class Exhaustive:
-    """Of all subsets of experts, that stays whose mixture differs least from the dense one: argmin Σ ‖Z − Z_D‖_F.
-
-    The sum is over calibration batches (Lu et al. 2024, §3.2; the layer-wise form). For mixtures of up to 16 experts.
-
-    Attributes:
-        tokens: calibration tokens on which the subsets of a mixture are compared, at least 1.
-        paper: where it was published.
-    """
-
+    choice: Choice = field(default_factory=Ranked)
+    counts: Counts = "uniform"
     tokens: int = 4096
     paper: str = ""
 
@@ -121,124 +69,100 @@ class Exhaustive:
         """Any matrix will do."""
 
     def plan(self, survey: Blocks, sparsity: float) -> Plan:
-        """Masks of all mixtures.
+        """Masks of all mixtures, and what the redundancy probe says about them.
 
         Raises:
             RecipeError: so many experts cannot go, there are too many subsets to try, or several processes.
         """
-        left = counts(survey, sparsity)
-        for block in survey.blocks:
-            for pool in block.pools:
-                tries = math.comb(pool.groups, left[pool.name])
-                if tries > SUBSETS:
-                    raise RecipeError(
-                        f"{pool.name} has {tries:,} subsets of {left[pool.name]} of {pool.groups} experts, too many to "
-                        "try all. Use --method reap, or remove fewer."
-                    )
-
-        def visit(step: Step, stats: Mapping[str, SiteStats]) -> Tensor:
-            if step.processes.world > 1:
-                raise RecipeError("Subsets of experts are tried by one process; start one.")
-            found = watch(step, keep=True)
-            masks = [
-                search(distance(step.block, pool, self._first(found[pool.name].inputs)), pool, left[pool.name])
-                for pool in step.block.pools
-            ]
-            return torch.cat(masks) if masks else torch.zeros(0, dtype=torch.bool)
-
-        masks = survey.visit(visit, self.needs)
-        keep = {}
-        for block in survey.blocks:
-            own = masks[block.name].split([pool.groups for pool in block.pools])
-            keep |= {pool.name: mask.bool() for pool, mask in zip(block.pools, own, strict=True)}
-        return Plan(keep=keep)
+        left = self._left(survey, sparsity)
+        for pool in pools_of(survey):
+            self.choice.check(pool, left[pool.name])
+        candidates = self._candidates(survey, left)
+        chosen = dict.fromkeys(candidates, 0)
+        if self.choice.span > 1 and any(len(own) > 1 for own in candidates.values()):
+            chosen = receive(survey, candidates, self.choice.span, self.tokens)
+        keep = self._each(survey, {name: own[chosen[name]] for name, own in candidates.items()})
+        return Plan(keep=keep, reports=self._probed(survey, chosen))
 
     def narrow(self, block: Block, stats: Mapping[str, SiteStats], plan: Plan) -> list[Narrow]:
         """One edit for each mixture that loses an expert."""
-        return edits(block, plan)
+        masks = [(pool.name, plan.keep[pool.name]) for pool in block.pools]
+        return [Narrow(name, keep) for name, keep in masks if not bool(keep.all())]
 
-    def _first(self, inputs: list[Tensor]) -> list[Tensor]:
-        """So many batches that they hold the wanted tokens."""
-        total = list(itertools.accumulate(batch.shape[:-1].numel() for batch in inputs))
-        wanted = next((number for number, have in enumerate(total, start=1) if have >= self.tokens), len(inputs))
-        return inputs[:wanted]
+    def _left(self, survey: Blocks, sparsity: float) -> dict[str, int]:
+        """Mixture -> how many of its experts stay."""
+        if self.counts == "uniform":
+            return uniform(survey, sparsity)
+        wanted = target(survey, sparsity)
+        single = self._each(survey, survey.visit(self._without_one, self.needs))
+        importance = {name: float(values.sum()) for name, values in single.items()}
+        return apportioned(pools_of(survey), importance, wanted, self.counts)
+
+    def _without_one(self, step: Step, stats: Mapping[str, SiteStats]) -> Tensor:
+        """Float64 `[experts of the block]`: how far each mixture is from the dense one without a single expert."""
+        _alone(step)
+        inputs = entering(step, self.tokens)
+        replays = [(pool, Replay(step.block, pool, inputs[pool.name])) for pool in step.block.pools]
+        values = [replay.distance(mask(pool, (one,))) for pool, replay in replays for one in range(pool.groups)]
+        return torch.tensor(values, dtype=torch.float64)
+
+    def _candidates(self, survey: Blocks, left: Mapping[str, int]) -> dict[str, Tensor]:
+        """Block with mixtures -> bool `[candidates, its experts]`, the best first; each is also probed."""
+
+        def visit(step: Step, stats: Mapping[str, SiteStats]) -> Tensor:
+            if self.choice.compares:
+                _alone(step)
+            seen, inputs = watch(step), entering(step, self.tokens)
+            rows, probes = [torch.ones(1, 0, dtype=torch.bool)], {}
+            for pool in step.block.pools:
+                if left[pool.name] == pool.groups:
+                    rows.append(torch.ones(1, pool.groups, dtype=torch.bool))
+                    continue
+                replay = Replay(step.block, pool, inputs[pool.name])
+                case = Case(pool, seen[pool.name], replay, left[pool.name])
+                rows.append(self.choice(case))
+                probes[pool.name] = [probe(case, keep) for keep in rows[-1]]
+            survey.remember(f"experts-{step.block.name}", probes)
+            return _side_by_side(rows[1:] or rows)
+
+        found = survey.visit(visit, self.needs)
+        return {block.name: found[block.name].bool() for block in survey.blocks if block.pools}
+
+    def _probed(self, survey: Blocks, chosen: Mapping[str, int]) -> dict[str, dict[str, Any]]:
+        """Block -> what the probe found in its mixtures, for its report; warns where it is much."""
+        found = {name: survey.recall(f"experts-{name}") for name in chosen}
+        reports = {
+            name: {pool: probes[min(chosen[name], len(probes) - 1)] for pool, probes in own.items()}
+            for name, own in found.items()
+        }
+        size = sum(info.size for block in survey.blocks for info in block.infos)
+        warn({pool: one for own in reports.values() for pool, one in own.items()}, pools_of(survey), size)
+        return {name: {"experts": own} for name, own in reports.items()}
+
+    def _each(self, survey: Blocks, found: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Mixture -> its part of what was found for its block."""
+        parts = {}
+        for block in survey.blocks:
+            if block.pools:
+                own = found[block.name].split([pool.groups for pool in block.pools], dim=-1)
+                parts |= {pool.name: one for pool, one in zip(block.pools, own, strict=True)}
+        return parts
 
 
-def counts(survey: Blocks, sparsity: float) -> dict[str, int]:
-    """Mixture -> how many of its experts stay: the same share of each, so that the matrices of blocks lose `sparsity`.
+def _alone(step: Step) -> None:
+    """See that one process works alone, which has all of the text that mixtures are compared on.
 
     Raises:
-        RecipeError: fewer experts than the router picks would be left.
+        RecipeError: there are several.
     """
-    pools = [pool for block in survey.blocks for pool in block.pools]
-    size = sum(info.size for block in survey.blocks for info in block.infos)
-    inside = sum(int(pool.weights.sum()) for pool in pools)
-    share = sparsity * size / inside
-    left, most = {}, 0
-    for pool in pools:
-        spare = pool.groups - pool.least
-        most += spare * int(pool.weights[0])
-        gone = round(share * pool.groups / pool.spans) * pool.spans
-        if gone > spare:
-            reach = sum((one.groups - one.least) * int(one.weights[0]) for one in pools) / size
-            raise RecipeError(
-                f"{pool.name}: {gone} of {pool.groups} experts would go, and its router needs {pool.least}: ask for a "
-                f"sparsity of 0 to {int(1000 * reach) / 1000:g}."
-            )
-        left[pool.name] = pool.groups - gone
-    return left
+    if step.processes.world > 1:
+        raise RecipeError(
+            "Mixtures are compared without some of their experts by one process alone; start one, or use --method reap "
+            "with equal counts (method.counts=uniform)."
+        )
 
 
-def best(scores: Tensor, left: int, spans: int) -> Tensor:
-    """Bool `[experts]`, True for the `left` highest scores, equally many of each group; ties go to the first."""
-    keep = torch.zeros(len(scores), dtype=torch.bool)
-    size = len(scores) // spans
-    for span in range(spans):
-        own = scores[span * size : (span + 1) * size]
-        order = own.argsort(descending=True, stable=True)[: left // spans]
-        keep[span * size + order] = True
-    return keep
-
-
-def distance(block: Block, pool: Pool, inputs: list[Tensor]) -> Callable[[Tensor], float]:
-    """A function of a mask: how far the mixture with only these experts is from the dense one, Σ ‖Z − Z_D‖_F."""
-    mixture = parts(block, pool)[2]
-    with torch.no_grad():
-        dense = [_output(mixture(batch)) for batch in inputs]
-
-    @torch.no_grad()
-    def measure(keep: Tensor) -> float:
-        with closed(block, pool, keep):
-            # float64: subsets may differ by little.
-            return sum(
-                float((_output(mixture(batch)).double() - own.double()).norm())
-                for batch, own in zip(inputs, dense, strict=True)
-            )
-
-    return measure
-
-
-def search(measure: Callable[[Tensor], float], pool: Pool, left: int) -> Tensor:
-    """The subset of `left` experts of smallest distance, of all; the first of equals."""
-    size, each = pool.groups // pool.spans, left // pool.spans
-    best_mask, least = torch.ones(pool.groups, dtype=torch.bool), math.inf
-    if left == pool.groups:
-        return best_mask
-    for chosen in itertools.product(*(itertools.combinations(range(size), each) for _ in range(pool.spans))):
-        keep = torch.zeros(pool.groups, dtype=torch.bool)
-        for span, members in enumerate(chosen):
-            keep[[span * size + member for member in members]] = True
-        found = measure(keep)
-        if found < least:
-            best_mask, least = keep, found
-    return best_mask
-
-
-def edits(block: Block, plan: Plan) -> list[Narrow]:
-    """One edit for each mixture of a block that loses an expert."""
-    masks = [(pool.name, plan.keep[pool.name]) for pool in block.pools]
-    return [Narrow(name, keep) for name, keep in masks if not bool(keep.all())]
-
-
-def _output(result: Tensor | tuple) -> Tensor:
-    return result if isinstance(result, Tensor) else result[0]
+def _side_by_side(rows: list[Tensor]) -> Tensor:
+    """The candidates of several mixtures as those of their block: as many as each has, or a mixture's only one."""
+    count = max(map(len, rows))
+    return torch.cat([row[torch.arange(count).clamp(max=len(row) - 1)] for row in rows], dim=1)

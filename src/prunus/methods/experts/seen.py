@@ -1,10 +1,12 @@
-"""What a mixture did on the calibration text: who was chosen, with which weight, and what came out."""
+"""What a mixture did on the calibration text: who was chosen, with which weight, what came out, and what went in."""
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +15,9 @@ from prunus.models.experts import expert_loop
 from prunus.models.pool import parts
 from prunus.sites import Pool
 from prunus.stream import Step
+
+# Positional and keyword arguments of a call.
+Entry = tuple[tuple, dict[str, Any]]
 
 
 @dataclass
@@ -23,49 +28,60 @@ class Seen:
         count: tokens.
         norm: Σ ‖f_j(x)‖₂ of outputs before they are weighted.
         weighted: Σ g_j ‖f_j(x)‖₂, with the weight by which the model multiplies them.
-        inputs: hidden states `[1, tokens, d]` that entered the mixture, one per batch, where they were asked for.
     """
 
     count: Tensor
     norm: Tensor
     weighted: Tensor
-    inputs: list[Tensor] = field(default_factory=list)
 
 
-def watch(step: Step, *, keep: bool = False) -> dict[str, Seen]:
-    """Run a block once more on the calibration text and look at its mixtures; the probe is not counted.
-
-    Args:
-        step: a loaded block.
-        keep: also keep what enters each mixture.
-    """
+def watch(step: Step) -> dict[str, Seen]:
+    """Run a block once more on the calibration text and look at its mixtures; the probe is not counted."""
     found = {pool.name: _empty(pool) for pool in step.block.pools}
-    batches = len(step.dense) - 1  # the probe is the last
-    with _hooks(step, found, batches, keep):
+    with _hooks(step, found, batches=len(step.dense) - 1):  # the probe is the last
         step.rerun()
     for seen in found.values():
         step.processes.add_up([seen.count, seen.norm, seen.weighted])
     return found
 
 
-@contextmanager
-def _hooks(step: Step, found: dict[str, Seen], batches: int, keep: bool) -> Iterator[None]:
+def entering(step: Step, tokens: int) -> dict[str, list[Entry]]:
+    """How the module that holds each mixture is called, by the first batches with so many tokens."""
+    found: dict[str, list[Entry]] = {pool.name: [] for pool in step.block.pools}
     handles = []
     for pool in step.block.pools:
-        experts, _, mixture = parts(step.block, pool)
-        calls = {"experts": 0, "mixture": 0}
 
-        def routed(module: nn.Module, args: tuple, calls: dict = calls, seen: Seen = found[pool.name]) -> None:
-            calls["experts"] += 1
-            if calls["experts"] <= batches:
+        def entered(module: nn.Module, args: tuple, kwargs: dict, own: list[Entry] = found[pool.name]) -> None:
+            own.append((args, kwargs))
+
+        handles.append(parts(step.block, pool)[2].register_forward_pre_hook(entered, with_kwargs=True))
+    try:
+        step.through(first(step, tokens))
+    finally:
+        for handle in handles:
+            handle.remove()
+    return found
+
+
+def first(step: Step, tokens: int) -> list[Tensor]:
+    """What enters a block, of so many batches that they hold the wanted tokens; the probe is not among them."""
+    inputs = step.inputs[:-1]
+    total = itertools.accumulate(batch.shape[:-1].numel() for batch in inputs)
+    wanted = next((number for number, have in enumerate(total, start=1) if have >= tokens), len(inputs))
+    return inputs[:wanted]
+
+
+@contextmanager
+def _hooks(step: Step, found: dict[str, Seen], batches: int) -> Iterator[None]:
+    handles = []
+    for pool in step.block.pools:
+        calls = iter(range(batches))
+
+        def routed(module: nn.Module, args: tuple, calls: Iterator = calls, seen: Seen = found[pool.name]) -> None:
+            if next(calls, None) is not None:
                 _count(module, seen, *args[:3])
 
-        def entered(module: nn.Module, args: tuple, calls: dict = calls, seen: Seen = found[pool.name]) -> None:
-            calls["mixture"] += 1
-            if keep and calls["mixture"] <= batches:
-                seen.inputs.append(args[0].detach())
-
-        handles += [experts.register_forward_pre_hook(routed), mixture.register_forward_pre_hook(entered)]
+        handles.append(parts(step.block, pool)[0].register_forward_pre_hook(routed))
     try:
         yield
     finally:
