@@ -38,14 +38,11 @@ PARTS: dict[str, Callable[..., str]] = {
     "measured": measured,
     "families": families,
     "compared": compared,
-<<<<<<< HEAD
     "speed": speed,
     "pattern_cost": pattern_cost,
     "frontier": frontier,
     "dola_overhead": dola_overhead,
-=======
     "recovered": recovered,
->>>>>>> recovery
 }
 
 
