@@ -87,9 +87,10 @@ def main() -> int:
     import llama_cpp  # pyright: ignore[reportMissingImports]
 
     source, out, variant = sys.argv[1:]
-    how = llama_cpp.llama_model_quantize_default_params()
+    how: Any = llama_cpp.llama_model_quantize_default_params()
     how.ftype, how.nthread = getattr(llama_cpp, TYPES[variant]), 1
-    return llama_cpp.llama_model_quantize(source.encode(), out.encode(), ctypes.byref(how))
+    quantise: Any = llama_cpp.llama_model_quantize
+    return quantise(source.encode(), out.encode(), ctypes.byref(how))
 
 
 if __name__ == "__main__":

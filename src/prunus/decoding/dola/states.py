@@ -179,7 +179,7 @@ def turn(head: nn.Module, rows: int) -> nn.Module | None:
         return None
     if "forward" in vars(head):  # wrapped by another library
         return None
-    head.forward = _arranged(head, rows) or _turned(head)
+    head.forward = _arranged(head, rows) or _turned(head)  # pyright: ignore[reportAttributeAccessIssue]
     return head
 
 
