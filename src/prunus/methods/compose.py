@@ -55,6 +55,11 @@ def compose(
     if isinstance(base, Shape):
         _refuse_axes(method, metric=metric, update=update, pattern=pattern, allocation=allocation)
         made = shaped(base, settings or {}, compat)
+        if portable and "ranks" in made.touches:
+            raise RecipeError(
+                f"--portable: no stock class holds a matrix as two factors, and {method} makes two of it. Leave it "
+                "out; prunus export --portable multiplies the factors back, at no gain."
+            )
         return made.even() if portable and isinstance(made, Uneven) else made, ALLOCATIONS["uniform"]
     if portable:
         raise RecipeError(
