@@ -9,13 +9,21 @@ RESULTS = Path(__file__).resolve().parent.parent / "benchmarks" / "results"
 
 
 def compared(name: str) -> str:
-    """Recipe, share removed, perplexity and its ratio to the dense model's, a row a recipe."""
+    """Recipe, share removed, perplexity, its ratio to the dense model's, and accuracies of tasks, a row a recipe."""
     with (RESULTS / f"{name}.csv").open(encoding="utf-8", newline="") as stream:
         rows = list(csv.DictReader(stream))
-    lines = ["| recipe | removed | perplexity | × dense |", "|---|---:|---:|---:|"]
-    dense = dict.fromkeys(row["dense_perplexity"] for row in rows)
-    lines += [f"| dense | | {float(value):,.2f} | 1.00 |" for value in dense]
+    tasks = [key.removesuffix(".dense") for key in rows[0] if key.endswith(".dense")]
+    heads = ["recipe", "removed", "perplexity", "× dense", *tasks]
+    lines = [_line(heads), _line(["---", *["---:"] * (len(heads) - 1)])]
+    for row in {row["dense_perplexity"]: row for row in rows}.values():
+        known = [f"{float(row[f'{task}.dense']):.3f}" for task in tasks]
+        lines.append(_line(["dense", "", f"{float(row['dense_perplexity']):,.2f}", "1.00", *known]))
     for row in rows:
         removed, perplexity, ratio = (float(row[key]) for key in ("reached", "perplexity", "ratio"))
-        lines.append(f"| {row['name']} | {100 * removed:.1f} % | {perplexity:,.2f} | {ratio:,.2f} |")
+        found = [f"{float(row[f'{task}.acc']):.3f} ± {float(row[f'{task}.stderr']):.3f}" for task in tasks]
+        lines.append(_line([row["name"], f"{100 * removed:.1f} %", f"{perplexity:,.2f}", f"{ratio:,.2f}", *found]))
     return "\n".join(lines)
+
+
+def _line(cells: list[str]) -> str:
+    return f"| {' | '.join(cells)} |"
