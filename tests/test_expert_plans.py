@@ -17,6 +17,7 @@ from prunus.errors import RecipeError
 from prunus.evidence import Evidence
 from prunus.job import Job, prepare
 from prunus.methods import EXPERTS
+from prunus.methods.compose import compose
 from prunus.methods.experts import reception, replay
 from prunus.methods.experts.pruning import Experts
 from prunus.methods.experts.redundancy import LIMIT
@@ -272,6 +273,13 @@ def test_copies_may_go_in_peace_and_experts_of_their_own_may_not(method, tmp_pat
 def test_settings_that_make_no_sense_are_refused(deep, tmp_path, settings, words):
     with pytest.raises(RecipeError, match=words):
         planned(deep, tmp_path / "out", method="moe-i2", sparsity=0.2, settings=settings)
+
+
+def test_portable_keeps_equally_many_of_every_mixture():
+    for method in EXPERTS:
+        made, _ = compose(method, portable=True)
+        assert isinstance(made, Experts) and made.counts == "uniform"
+        assert made.choice == EXPERTS[method].choice
 
 
 def test_more_than_routers_can_spare_is_refused_with_what_can_go(deep, tmp_path):

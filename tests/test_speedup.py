@@ -95,6 +95,7 @@ def test_a_factor_out_of_reach_is_refused_with_the_range(timed: list[str], tmp_p
     [
         ({"method": "wanda", "speedup": 1.3}, "--speedup needs a method that makes tensors smaller"),
         ({"method": "top", "speedup": 1.3, "params": "200K"}, "--params and --speedup are different budgets"),
+        ({"method": "svd", "speedup": 1.3}, "--speedup is for methods that remove heads, neurons or blocks"),
     ],
 )
 def test_a_speedup_without_meaning_is_refused(part: dict, words: str, tmp_path: Path) -> None:

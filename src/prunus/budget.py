@@ -57,6 +57,12 @@ def share(part: PrunePart, method: object, weights: Weights, blocks: Sequence[Bl
             "Use --sparsity, or a method such as flap, obs-sp or shortgpt."
         )
     if option == "--speedup":
+        if not {*method.touches} <= {"heads", "neurons"}:
+            raise RecipeError(
+                f"--speedup is for methods that remove heads, neurons or blocks, such as flap or shortgpt. What "
+                f"{part.method} removes does not make a token faster in a way that stand-ins show; use --sparsity, "
+                "--params or --size."
+            )
         return 0.0  # found by timing, once the work has begun: `prunus.speedup`
     wanted = number(option, text)
     if option == "--params":

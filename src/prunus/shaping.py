@@ -48,7 +48,8 @@ def decide(job: Job, method: Shape, output: Output, evidence: Evidence, progress
         else:
             job.warnings.extend(attach_widths(job.stream, job.probe, method.touches))
     legal = None
-    if job.recipe.prune.portable and isinstance(method, Uneven):
+    # Of experts any number will do, as long as it is one.
+    if job.recipe.prune.portable and isinstance(method, Uneven) and "experts" not in method.touches:
         legal = Legal(job.folder, job.stream.blocks, method.bias)
     survey = Survey(job.stream, job.batches, job.work, progress, evidence, legal)
     plan = method.plan(survey, job.sparsity)

@@ -20,10 +20,12 @@ from prunus.bench.run import Setup, race
 from prunus.errors import RecipeError
 from prunus.job import Job
 from prunus.methods.depth.depth import Depth
+from prunus.methods.shape import Shape
+from prunus.models.thin import refuse_split
 from prunus.models.widths_of import attach_widths
 from prunus.progress import Progress
 from prunus.shapes.standin import narrow_evenly, write_standin
-from prunus.sites import Block
+from prunus.sites import Block, Width
 
 ENGINE = "hf-fp32"
 PHASES = ("decode", "prefill")
@@ -130,24 +132,26 @@ def _steps(job: Job) -> list[float]:
     """Shares that the method can reach, ascending, from 0 on.
 
     Raises:
-        RecipeError: what the method removes makes no token faster, or is not known here.
+        RecipeError: a matrix of the model is a product of two already.
     """
     blocks, method = job.stream.blocks, job.method
-    sizes = [sum(info.size for info in block.infos) for block in blocks]
+    refuse_split(blocks)
     if isinstance(method, Depth):
         free = len(blocks) - method.first - method.last
         most = min(free, len(blocks) - 1)
         return [count / len(blocks) for count in range(max(most, 0) + 1)]
-    kinds = getattr(method, "touches", ())
-    if not kinds or not {*kinds} <= {"heads", "neurons"}:
-        raise RecipeError(
-            f"--speedup is for methods that remove heads, neurons or blocks, such as flap or shortgpt. What "
-            f"{job.recipe.prune.method} removes does not make a token faster in a way that stand-ins show; use "
-            "--sparsity, --params or --size."
-        )
-    attach_widths(job.stream, job.probe, kinds)
-    most = sum(int(width.weights.sum() - width.weights.min()) for block in blocks for width in block.widths)
-    return [step / 1000 for step in range(int(1000 * most / sum(sizes)) + 1)]
+    assert isinstance(method, Shape), "others were refused with the budget"
+    attach_widths(job.stream, job.probe, method.touches)
+    size = sum(info.size for block in blocks for info in block.infos)
+    most = sum(int(width.weights.sum() - width.weights.min()) for width in _widths(job))
+    return [step / 1000 for step in range(int(1000 * most / size) + 1)]
+
+
+def _widths(job: Job) -> list[Width]:
+    """The widths that may be narrowed: not those of blocks that the method leaves alone."""
+    blocks = job.stream.blocks
+    first, last = (getattr(job.method, name, 0) for name in ("first", "last"))
+    return [width for block in blocks[first : max(first, len(blocks) - last)] for width in block.widths]
 
 
 def _timer(job: Job, progress: Progress) -> Measure:
@@ -171,13 +175,13 @@ def _write(job: Job, share: float, folder: Path) -> dict[str, list[int]]:
         gone = round(share * len(blocks))
         write_standin(job.stream.weights, blocks, folder, dropped=blocks[len(blocks) - gone :], trust_remote_code=trust)
         return {"blocks": [len(blocks) - gone, len(blocks)]}
-    left = narrow_evenly([width for block in blocks for width in block.widths], blocks, share)
+    left = narrow_evenly(_widths(job), blocks, share)
     write_standin(job.stream.weights, blocks, folder, left=left, trust_remote_code=trust)
     axes: dict[str, list[int]] = {}
     for width in (width for block in blocks for width in block.widths):
         kind = "groups of heads" if width.kind == "heads" else width.kind
         kept, whole = axes.setdefault(kind, [0, 0])
-        axes[kind] = [kept + left[width.name], whole + width.groups]
+        axes[kind] = [kept + left.get(width.name, width.groups), whole + width.groups]
     return axes
 
 

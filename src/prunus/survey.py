@@ -87,7 +87,8 @@ class Survey:
         Returns:
             Block name → value.
         """
-        values, names = self._stored()
+        # Also blocks of which --ignore leaves no matrix: they run, and are asked about like the others.
+        values, names = self._stored(self.blocks)
         dense = self.stream.weights.checkpoint
         batches = self.batches if text else self.batches[-1:]
         if len(values) < len(names):
@@ -147,11 +148,10 @@ class Survey:
         self.stream.processes.on_first(lambda: self.work.write(f"survey/{name}.json", value))
         return self.recall(name)
 
-    def _stored(self) -> tuple[dict[str, Tensor], dict[str, str]]:
-        """What an earlier call of the same number has measured, and the file of every block."""
-        names = {
-            block.name: f"survey/{self.passes}-{number}.safetensors" for number, block in enumerate(self._blocks())
-        }
+    def _stored(self, blocks: list[Block] | None = None) -> tuple[dict[str, Tensor], dict[str, str]]:
+        """What an earlier call of the same number has measured, and the file of every block; those with matrices."""
+        chosen = self._blocks() if blocks is None else blocks
+        names = {block.name: f"survey/{self.passes}-{number}.safetensors" for number, block in enumerate(chosen)}
         self.passes += 1
         found = {name: self.work.read_tensors(file) for name, file in names.items()}
         return {name: stored["value"] for name, stored in found.items() if stored is not None}, names

@@ -57,7 +57,7 @@ def fit(model: PreTrainedModel, checkpoint: Checkpoint) -> None:
     """
     mapping = get_model_conversion_mapping(model)
     targets, converted = disk_targets(model, checkpoint.tensors, mapping)
-    pairs = paired({places[0]: checkpoint.tensors[name].shape for name, places in targets.items()})
+    pairs = paired({places[0]: checkpoint.tensors[name].shape for name, places in targets.items()}, model)
     for path, rank in pairs.items():
         put(model, path, thin(model.get_submodule(path), rank))
     modules = dict(model.named_modules())

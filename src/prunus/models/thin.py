@@ -68,14 +68,16 @@ def fill(pair: nn.Sequential, inner: Tensor, outer: Tensor) -> None:
         pair.get_submodule(part).weight = nn.Parameter(value, requires_grad=False)
 
 
-def paired(shapes: Mapping[str, Shape]) -> dict[str, int]:
+def paired(shapes: Mapping[str, Shape], model: nn.Module) -> dict[str, int]:
     """Module -> rank, of those whose two factors lie in a checkpoint.
 
     Args:
         shapes: name of a tensor -> its shape.
+        model: of the class without factors. Where it has no matrix, tensors of these names are something else.
     """
-    ends = f".{INNER}.weight"
+    ends, whole = f".{INNER}.weight", model.state_dict()
     found = {name.removesuffix(ends): shape[0] for name, shape in shapes.items() if name.endswith(ends)}
+    found = {name: rank for name, rank in found.items() if f"{name}.weight" in whole}
     return {name: rank for name, rank in found.items() if shapes.get(f"{name}.{OUTER}.weight", ())[1:] == (rank,)}
 
 

@@ -107,7 +107,7 @@ def read_shapes(folder: Path) -> Shapes:
     checkpoint = Checkpoint.open(folder)
     disk, stacks = _names(model, checkpoint)
     tensors = {name: checkpoint.tensors[stored].shape for name, stored in disk.items()}
-    ranks = paired(tensors)
+    ranks = paired(tensors, model)
     tensors = multiplied(tensors, ranks, model)
     blocks = _narrowed(folder, model, tensors)
     part, config = _part(whole, blocks[0].tower)

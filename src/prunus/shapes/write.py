@@ -36,6 +36,8 @@ def settle(folder: Path) -> dict[str, Any]:
     """
     shapes = read_shapes(folder)
     if shapes.plain:
+        if (folder / modelling.FILE).is_file():  # blocks with sizes of their own were here, and all of them are gone
+            write_config(folder, shapes.written)
         return _done(shapes.written, None, "")
     try:
         if not shapes.uniform:

@@ -86,8 +86,15 @@ class Depth:
         """The blocks that go.
 
         Raises:
-            RecipeError: no block would be left, or the wanted number cannot be reached with those that may go.
+            RecipeError: no block would be left, the wanted number cannot be reached with those that may go, or a block
+                is ignored as a whole.
         """
+        spared = next((block.name for block in survey.blocks if block.ignored and not block.slots), None)
+        if spared is not None:
+            raise RecipeError(
+                f"--ignore leaves no matrix of {spared}, and whole blocks go, that one among them. Leave it out; --set "
+                "method.first= and --set method.last= say how many blocks at either end must stay."
+            )
         blocks = [BlockSite(block.name, sum(info.size for info in block.infos)) for block in survey.blocks]
         towers = {block.tower for block in survey.blocks}
         if len(towers) > 1:

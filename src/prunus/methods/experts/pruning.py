@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -64,6 +64,15 @@ class Experts:
     def gathers(self) -> frozenset[type]:
         """Nothing after the plan."""
         return frozenset()
+
+    @property
+    def bias(self) -> bool:
+        """It makes none."""
+        return False
+
+    def even(self) -> Experts:
+        """See `prunus.methods.shape.Uneven`."""
+        return replace(self, counts="uniform")
 
     def check(self, info: SiteInfo) -> None:
         """Any matrix will do."""

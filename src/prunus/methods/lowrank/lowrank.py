@@ -80,7 +80,7 @@ class LowRank:
         Raises:
             RecipeError: the sparsity cannot be reached, or no block is left to work on.
         """
-        chosen = survey.blocks[self.first : len(survey.blocks) - self.last]
+        chosen = survey.blocks[self.first : max(self.first, len(survey.blocks) - self.last)]
         infos = [info for block in chosen for info in block.infos if info.name in block.thin]
         if not infos:
             raise RecipeError(
