@@ -22,6 +22,7 @@ import prunus
 from prunus.cli import main
 from prunus.comparison.grid import entries
 from prunus.comparison.row import read
+from prunus.comparison.run import plan
 from prunus.comparison.shared import Shared
 from prunus.errors import PrunusError, RecipeError
 from prunus.evaluation import guard
@@ -156,6 +157,21 @@ def test_what_is_done_is_not_done_again_and_what_failed_is_tried_again(
     assert called == ["3:7"]
     assert again["rows"] == before["rows"]
     assert (out / "table.csv").read_bytes() == table
+
+
+def test_a_restart_that_is_interrupted_leaves_no_old_row_to_the_next_call(
+    grid: tuple[Path, dict[str, Any]], tmp_path: Path
+) -> None:
+    out = tmp_path / "grid"
+    shutil.copytree(grid[0], out)
+    options = {**SMALL, "method": "magnitude", "sparsity": [0.2, 0.9]}
+    asked = entries([], models=[str(MODEL)], options=options)
+    folders = [out / "runs" / entry.name for entry in asked]
+    (out / "runs" / "unstructured-0.2").rename(folders[0])
+    (out / "runs" / "unstructured-0.9").rename(folders[1])
+    assert all((folder / "result.json").is_file() for folder in folders)
+    _, rows = plan(asked, out, False, Shared(), True)
+    assert not rows and not any((folder / "result.json").exists() for folder in folders)
 
 
 def test_rows_of_other_versions_are_made_again(monkeypatch: pytest.MonkeyPatch) -> None:
