@@ -93,7 +93,14 @@ def _engines(record: Mapping[str, Mapping[str, Any]]) -> str:
 def _how(record: Mapping[str, Mapping[str, Any]]) -> str:
     found = [one for variants in record.values() for one in variants.values()]
     said = sorted({f"{one['isa']} kernels, {one['threads']} threads" for one in found})
-    return f"Engines in turns, medians; {'; '.join(said)}. Made by `benchmarks/speed.py`; weights removed by magnitude."
+    # What a ratio of two medians is worth: on a busy machine less than its digits say.
+    worst = max((row.get("spread", 1.0) for one in found for row in one["rows"]), default=1.0)
+    words = f" Of one engine the slowest round took up to {worst:.1f} times as long as the quickest."
+    apart = words if worst > 1 else ""
+    return (
+        f"Engines in turns, medians; {'; '.join(said)}.{apart} Made by `benchmarks/speed.py`; weights removed by "
+        "magnitude."
+    )
 
 
 def pattern_cost() -> str:

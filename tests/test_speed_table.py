@@ -34,6 +34,7 @@ def test_ratios_are_those_of_one_run_and_misses_are_said(tables: Any, tmp_path: 
     engines = (("packed-int8", 100.0), ("hf-fp32", 10.0), ("dense-int8", 50.0), ("llama.cpp-q8_0", 80.0))
     rows = [row(name, rate / part, phase) for name, rate in engines for phase, part in (("decode", 1), ("prefill", 2))]
     rows[-1]["note"] = rows[-2]["note"] = "weights not repacked"
+    rows[0]["spread"] = 1.76
     why = "it died on /tmp/prunus-bench-1a2b/dense"
     run = {"rows": rows, "isa": "avx2", "threads": 2, "skipped": [{"engine": "llama.cpp-q4_0", "why": why}]}
     (tmp_path / "speed.json").write_text(json.dumps({"smollm2": {"int8-unstructured": run}}))
@@ -43,6 +44,7 @@ def test_ratios_are_those_of_one_run_and_misses_are_said(tables: Any, tmp_path: 
     # The short table stands alone in README: a baseline that was held back is said there, too.
     assert "| 1.25 ×\\* | 1.5 × | 2.5 × | **missed** |" in lines["int8 over llama.cpp Q8_0"]
     assert "\\* llama.cpp: weights not repacked." in lines
+    assert "the slowest round took up to 1.8 times as long" in tables.speed("short")
     assert not [line for line in lines if "bfloat16" in line or "int4" in line]  # not measured, so not there
     long = tables.speed("long")
     assert "| int8-unstructured | packed-int8 | 100.0 | 50.0 | 2 | 3 | 4 |" in long
