@@ -136,11 +136,13 @@ def dense_rows(source: Path, given: argparse.Namespace, rows: Rows, text: dict[s
         return
     against = ["dense-int8", "hf-fp32", "llama.cpp", "llama.cpp-k"]
     found = decoding(bench(source, against=against, values="int8", setup=setup(given)))
+    if "dense-int8" not in found:
+        raise SystemExit("The dense int8 loop, beside which all is measured, did not run; see `prunus doctor`.")
+    # Files of an earlier call may be of another model, or half of one.
+    shutil.rmtree(given.folder / "gguf", ignore_errors=True)
     for name, engine in names.items():
         if rows.has(name):
             continue
-        if engine == "dense-int8" and engine not in found:
-            raise SystemExit("The dense int8 loop, beside which all is measured, did not run; see `prunus doctor`.")
         group = "llama.cpp, dense" if name.startswith("llama.cpp") else name
         try:
             row = MADE.get(engine, gguf)(source, given, text, engine.removeprefix("llama.cpp-"))
@@ -149,6 +151,7 @@ def dense_rows(source: Path, given: argparse.Namespace, rows: Rows, text: dict[s
             print(f"{name}: {problem}", flush=True)
             continue
         rows.add(name, {"group": group, "sparsity": 0.0, **row, **timed(found, engine)})
+    shutil.rmtree(given.folder / "gguf", ignore_errors=True)
 
 
 def transformers(source: Path, given: argparse.Namespace, text: dict[str, Any], kind: str) -> dict[str, Any]:
@@ -219,6 +222,8 @@ def plot(given: argparse.Namespace) -> None:
     rows = [row for row in read_rows(given.results) if row["model"] == given.model]
     if not rows:
         raise SystemExit(f"There are no rows of {given.model} in {given.results}; make them by `run`.")
+    if len({tuple(row[key] for key in ("windows", "length", "text", "method", "samples")) for row in rows}) > 1:
+        raise SystemExit(f"The rows of {given.model} in {given.results} were not measured alike.")
     figure = Figure(figsize=(8.4, 4.2), layout="constrained")
     groups = list(dict.fromkeys(row["group"] for row in rows))
     colours = dict(OTHERS) | dict(zip([group for group in groups if group not in OTHERS], itertools.cycle(COLOURS)))

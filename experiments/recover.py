@@ -40,6 +40,7 @@ from prunus.recovery import RECOVERIES
 from prunus.recovery.job import prepare
 from prunus.recovery.reconstruct import Reconstruct
 from prunus.recovery.run import check_zeros
+from prunus.versions import versions
 
 _SHARES = {"50": {"sparsity": 0.5}, "60": {"sparsity": 0.6}, "70": {"sparsity": 0.7}, "2:4": {"pattern": "2:4"}}
 # Name → `prune` of the recipe. An allocation of N:M would mix groups, so 2:4 is uniform.
@@ -63,6 +64,8 @@ WAYS: dict[str, dict[str, Any]] = {
 EXTRA = {"biases": {"biases.create": True}, "imp": {"rounds": 2}}
 # Sequences that a local method needs at least, and is first timed with.
 FEW = 8
+# Of the command line, what a row's numbers depend on.
+ASKED = ("minutes", "steps", "batch", "most", "length", "calibrated", "window", "windows", "tasks", "limit")
 # IMP prunes the dense model itself, by magnitude: it stands beside magnitude pruning of the same sparsity.
 ITERATED = {name: p["sparsity"] for name, p in CASES.items() if name.startswith("magnitude") and "sparsity" in p}
 
@@ -92,6 +95,9 @@ def run(arguments: argparse.Namespace) -> None:
     """Do what is missing in the result file."""
     arguments.out.parent.mkdir(parents=True, exist_ok=True)
     arguments.work.mkdir(parents=True, exist_ok=True)
+    name = Path(arguments.model).name
+    if others := {row["model"] for row in read(arguments.out)} - {name}:
+        raise SystemExit(f"{arguments.out} holds rows of {', '.join(sorted(others))}; give {name} a file of its own.")
     done = {(row["stage"], row["case"], row["recovery"]) for row in read(arguments.out)}
     begun = time.monotonic()
     for case, way in [("dense", "none"), *runs(arguments)]:
@@ -100,12 +106,18 @@ def run(arguments: argparse.Namespace) -> None:
         if time.monotonic() - begun > 3600 * arguments.hours:
             print("time is up; the same command goes on")
             return
-        row = {"stage": arguments.stage, "case": case, "recovery": way, "model": Path(arguments.model).name}
-        row |= apart(arguments, case, way)
+        row = {"stage": arguments.stage, "case": case, "recovery": way, "model": name}
+        row |= apart(arguments, case, way) | {"asked": asked(arguments), "versions": versions()}
         with arguments.out.open("a") as file:
             file.write(json.dumps(row) + "\n")
         shown = row.get("perplexity", row.get("refused"))
         print(f"{case:18s} {way:18s} {shown}", flush=True)
+
+
+def asked(arguments: argparse.Namespace) -> dict[str, Any]:
+    """What the command line says about the work of a run and about judging it, without places on this machine."""
+    said = {key: value for key, value in vars(arguments).items() if key in ASKED}
+    return said | {"text": Path(arguments.text).name, "judge": [Path(text).name for text in arguments.judge]}
 
 
 def apart(arguments: argparse.Namespace, case: str, way: str) -> dict[str, Any]:
@@ -134,7 +146,7 @@ def _send(pipe: Any, arguments: argparse.Namespace, case: str, way: str) -> None
 def _one(arguments: argparse.Namespace, case: str, way: str) -> dict[str, Any]:
     if case == "dense":
         return judged(arguments, Path(arguments.model)) | {"seconds": {"recover": 0.0, "cpu": 0.0}}
-    pruned = arguments.work / case.replace(" ", "-").replace(":", "of")
+    pruned = arguments.work / f"{Path(arguments.model).name}-{case.replace(' ', '-').replace(':', 'of')}"
     if not pruned.exists():
         calibration = {"calibration": arguments.text, "samples": arguments.calibrated, "length": arguments.length}
         prunus.prune(arguments.model, pruned, **CASES[case], **calibration)

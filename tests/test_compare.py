@@ -22,10 +22,15 @@ import prunus
 from prunus.cli import main
 from prunus.comparison.grid import entries
 from prunus.comparison.row import read
+from prunus.comparison.run import plan
 from prunus.comparison.shared import Shared
 from prunus.errors import PrunusError, RecipeError
+from prunus.evaluation import guard
 from prunus.evaluation.guard import Collapsed, check_ratio, probe_warning
+from prunus.progress import Silent
+from prunus.recipe import Recipe
 from prunus.webpage.gather import gather
+from prunus.work import Work
 
 ASSETS = Path(__file__).parent / "assets"
 MODEL, TEXT = ASSETS / "stories260k", ASSETS / "tinystories-head.txt"
@@ -152,6 +157,21 @@ def test_what_is_done_is_not_done_again_and_what_failed_is_tried_again(
     assert called == ["3:7"]
     assert again["rows"] == before["rows"]
     assert (out / "table.csv").read_bytes() == table
+
+
+def test_a_restart_that_is_interrupted_leaves_no_old_row_to_the_next_call(
+    grid: tuple[Path, dict[str, Any]], tmp_path: Path
+) -> None:
+    out = tmp_path / "grid"
+    shutil.copytree(grid[0], out)
+    options = {**SMALL, "method": "magnitude", "sparsity": [0.2, 0.9]}
+    asked = entries([], models=[str(MODEL)], options=options)
+    folders = [out / "runs" / entry.name for entry in asked]
+    (out / "runs" / "unstructured-0.2").rename(folders[0])
+    (out / "runs" / "unstructured-0.9").rename(folders[1])
+    assert all((folder / "result.json").is_file() for folder in folders)
+    _, rows = plan(asked, out, False, Shared(), True)
+    assert not rows and not any((folder / "result.json").exists() for folder in folders)
 
 
 def test_rows_of_other_versions_are_made_again(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -283,3 +303,26 @@ def test_the_probe_warns_only_where_guessing_is_better() -> None:
     assert "worse than guessing" in str(probe_warning(-right, ids))
     assert probe_warning(-right, None) is None
     assert probe_warning(-right[..., :3], ids) is None
+
+
+def test_the_dense_reference_counts_only_for_the_question_that_it_answers(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    measured: list[tuple[str, int | None]] = []
+
+    def measure(recipe: Recipe, model: str, progress: Any) -> dict[str, Any]:
+        assert recipe.evaluate is not None
+        measured.append((Path(model).name, recipe.evaluate.windows))
+        return {"perplexity": 2.0}
+
+    monkeypatch.setattr(guard, "_measure", measure)
+    other = tmp_path / "other"
+    shutil.copytree(MODEL, other)
+    os.utime(other / "model.safetensors", (0, 0))  # as far as a hash of the files' states tells, other weights
+    work = Work(tmp_path / "out")
+    work.folder.mkdir()
+    for windows, limit, dense in ((1, 2, None), (1, 3, None), (2, 3, None), (2, 3, str(other)), (2, 4, str(other))):
+        recipe = Recipe(model=str(MODEL), evaluate={"windows": windows, "max_ppl_ratio": limit})
+        guard.dense_reference(recipe, work, Silent(), dense)
+    # A higher limit alone asks nothing new; other windows do, and so does another dense model.
+    assert measured == [(MODEL.name, 1), (MODEL.name, 2), ("other", 2)]

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 import prunus.engine
-from prunus.bench.run import Setup, race
+from prunus.bench.run import Engine, Setup, race
 from prunus.errors import RecipeError
 from prunus.evaluation.loading import load_model
 from prunus.planning import plan
@@ -133,7 +134,17 @@ def test_the_search_ends_at_the_least_share_that_is_fast_enough(wanted: float, f
     assert trials[-1].share - enough < 0.03
 
 
-def test_one_engine_is_timed_on_several_folders() -> None:
+def test_one_engine_is_timed_on_several_folders_and_neither_is_cold(monkeypatch: pytest.MonkeyPatch) -> None:
+    ask = Engine.ask
+    orders: dict[str, list[str]] = {"one": [], "other": []}
+
+    def noted(self: Engine, **order: Any) -> dict[str, Any]:
+        orders[self.name].append(order["phase"])
+        return ask(self, **order)
+
+    monkeypatch.setattr(Engine, "ask", noted)
     found = race({"one": STORIES, "other": STORIES}, "hf-fp32", setup=Setup(tokens=2, prompt=4, rounds=1))
     assert found.keys() == {"one", "other"}
     assert all(speed > 0 for phases in found.values() for speed in (phases["decode"], phases["prefill"]))
+    # A round of each phase was asked for; the first of either is not measured.
+    assert all(phases == ["prefill", "decode"] * 2 for phases in orders.values())

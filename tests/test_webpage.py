@@ -205,6 +205,20 @@ def test_a_recovered_folder_is_shown_with_how_it_was_pruned_and_recovered(tmp_pa
     assert "ria + masklora" in page([once])
 
 
+def test_what_was_cut_off_stays_removed_behind_recoveries(tmp_path: Path) -> None:
+    one = row("", "flap", 0.2, 12.0)
+    record = {"recipe": one["recipe"], "result": {**one["prune"], "shapes": {}}}
+    for zeros in (0.0, 0.0, 0.5):
+        result = {"method": "masklora", "sparsity": zeros, "size": {"out_bytes": 10**6}}
+        record = {"recipe": {"model": "out", "recover": {}}, "result": result, "pruned": record}
+        place = tmp_path / str(len(list(tmp_path.iterdir())))
+        place.mkdir()
+        (place / "prunus.json").write_text(json.dumps(record))
+    found = [run.reached for run in gather(sorted(tmp_path.iterdir()))]
+    # Half of the weights of what was left behind the cut is zero at last.
+    assert found == pytest.approx([0.2, 0.2, 0.6])
+
+
 def test_a_folder_without_a_run_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(RecipeError, match=r"neither prunus\.json nor comparison\.json"):
         gather([tmp_path])

@@ -18,6 +18,7 @@ from prunus.cli import main
 from prunus.errors import CalibrationError, RecipeError
 from prunus.models.gguf import SOURCE
 from prunus.recovery import RECOVERIES
+from prunus.recovery.card import recovery_card
 from prunus.recovery.run import collapse
 from prunus.recovery.student import Student, loaded
 from prunus.recovery.training import Loop
@@ -314,3 +315,17 @@ def test_every_recovery_is_listed_with_its_settings(capsys: pytest.CaptureFixtur
     rows = [row for row in json.loads(capsys.readouterr().out)["methods"] if row["kind"] == "recovery"]
     assert [row["name"] for row in rows] == list(RECOVERIES)
     assert next(row for row in rows if row["name"] == "masklora")["defaults"]["masklora.rank"] == 16
+
+
+@pytest.mark.parametrize("apart", [None, "adapter"])
+def test_the_card_of_what_needs_our_modelling_file_says_so(apart: str | None) -> None:
+    result = {
+        "out": "/somewhere/out", "method": "masklora", "objective": "text", "trainable": 10, "trainable_share": 0.1,
+        "loss": {"before": 2.0, "after": 1.0}, "zeros": {"after": 0}, "training": {"apart": apart},
+        "text": {"source": "text.txt", "rows": 1, "length": 8}, "versions": {"prunus": "0"},
+    }  # fmt: skip
+    first = {"result": {"method": "svd", "loads": "code"}}
+    again = {"result": {"method": "masklora"}, "pruned": first}
+    for record in (first, again):
+        assert recovery_card(result, record).count('("out", trust_remote_code=True)') == 2
+    assert "trust_remote_code" not in recovery_card(result, {"result": {"method": "flap", "loads": "transformers"}})

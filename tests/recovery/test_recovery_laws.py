@@ -341,6 +341,26 @@ def test_the_smallest_pattern_that_explains_a_mask_is_named() -> None:
     assert pattern_of(torch.ones(4, 8, dtype=torch.bool)) is None
 
 
+@pytest.mark.parametrize(
+    "bits",
+    [
+        torch.tensor(0, dtype=torch.uint8),
+        torch.zeros(2, dtype=torch.uint8),
+        torch.zeros(3, 2),
+        torch.zeros(3, 1).byte(),
+    ],
+    ids=["no axis", "one axis", "not bytes", "too few"],
+)
+def test_a_damaged_registry_is_refused_by_name(bits: torch.Tensor, tmp_path: Path) -> None:
+    from prunus.errors import FormatError
+
+    masks = Masks()
+    masks.packed["up"], masks.columns["up"] = bits, 16
+    masks.write(tmp_path / FILE)
+    with pytest.raises(FormatError, match="the mask of up is damaged"):
+        Masks.read(tmp_path / FILE)
+
+
 def test_the_registry_of_another_model_is_refused(pruned: Path, tmp_path: Path) -> None:
     from prunus.errors import FormatError
 

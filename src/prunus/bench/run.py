@@ -296,10 +296,7 @@ def race(folders: Mapping[str, Path], kind: str, *, setup: Setup) -> dict[str, d
     row = KINDS[kind]
     variant = next(iter(row.variants.values()))
     with ExitStack() as running:
-        engines = [
-            running.enter_context(_worker(name, row.module, folder, variant, setup.threads))
-            for name, folder in folders.items()
-        ]
+        engines = [_tried(name, row, folder, variant, setup, running) for name, folder in folders.items()]
         lost: list[dict[str, str]] = []
         vocabulary = min(_vocabulary(folder) for folder in folders.values())
         rows = _measure(engines, setup, vocabulary, Silent(), lost)

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from prunus.comparison.grid import Entry
-from prunus.comparison.row import Order, ask_dense, failed, finished, make, read, tidy, write
+from prunus.comparison.row import KEY, RESULT, Order, ask_dense, failed, finished, make, read, tidy, write
 from prunus.comparison.shared import Shared
 from prunus.comparison.table import csv_text, line
 from prunus.errors import PrunusError, RecipeError
@@ -88,7 +88,9 @@ def plan(
                 tidy(folder, keep)  # what a call killed at its last step left
                 rows[entry.name] = before
             elif restart:
-                (folder / "key.json").unlink(missing_ok=True)
+                # Both: a call that ends before this row is made must not leave the old one to the next call.
+                (folder / RESULT).unlink(missing_ok=True)
+                (folder / KEY).unlink(missing_ok=True)
         orders.append(order)
     if restart:
         for file in {order.dense for order in orders if order.dense}:

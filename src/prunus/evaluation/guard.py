@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from prunus.data.tokens import folder_positions
 from prunus.errors import PrunusError
+from prunus.models.checkpoint import Checkpoint
 from prunus.models.source import locate
 
 if TYPE_CHECKING:
@@ -39,6 +40,9 @@ CURE = "Remove less, choose a method or an allocation that keeps more"
 def dense_reference(recipe: Recipe, work: Work, progress: Progress, dense: str | None = None) -> None:
     """Measure the dense model before the work, if the recipe sets a limit; kept in the work folder for a resumed run.
 
+    A resumed run may ask another question (`evaluate` is no part of what the weights depend on), or a recovery may have
+    another dense model beside it by then: what was measured counts only for the same question about the same files.
+
     Args:
         recipe: `evaluate.max_ppl_ratio` is the limit.
         work: keeps the numbers.
@@ -48,9 +52,12 @@ def dense_reference(recipe: Recipe, work: Work, progress: Progress, dense: str |
     Raises:
         PrunusError: as `evaluate`; so a model or a text that cannot be measured is refused before anything is pruned.
     """
-    if recipe.evaluate is None or recipe.evaluate.max_ppl_ratio is None or work.has(REFERENCE):
+    if recipe.evaluate is None or recipe.evaluate.max_ppl_ratio is None:
         return
-    work.write(REFERENCE, _measure(recipe, dense or recipe.model, progress))
+    model = dense or recipe.model
+    asked = {**_asked(recipe, model), "files": Checkpoint.open(_folder(recipe, model)).identity}
+    if (work.read(REFERENCE) or {}).get("asked") != asked:
+        work.write(REFERENCE, {**_measure(recipe, model, progress), "asked": asked})
 
 
 def check_folder(
@@ -140,21 +147,28 @@ def _measure(recipe: Recipe, model: str, progress: Progress) -> dict[str, Any]:
     """Perplexity on a few windows and a sentence, by the recipe's `evaluate`."""
     from prunus.evaluation.perplexity import evaluate
 
+    return evaluate(model, **_asked(recipe, model), progress=progress)
+
+
+def _asked(recipe: Recipe, model: str) -> dict[str, Any]:
+    """The arguments of `evaluate`, JSON values all of them."""
     part: EvaluatePart | None = recipe.evaluate
     assert part is not None, "there is no limit without `evaluate`"
-    positions = folder_positions(locate(model, trust_remote_code=recipe.trust_remote_code))
-    return evaluate(
-        model,
-        text="wikitext2" if part.text == "none" else part.text,
-        length=min(part.length, positions or part.length),
-        windows=min(WINDOWS, part.windows or WINDOWS),
-        bos=part.bos,
-        sample=part.sample or PROMPT,
-        device=recipe.device,
-        dtype=recipe.dtype,
-        trust_remote_code=recipe.trust_remote_code,
-        progress=progress,
-    )
+    positions = folder_positions(_folder(recipe, model))
+    return {
+        "text": "wikitext2" if part.text == "none" else part.text,
+        "length": min(part.length, positions or part.length),
+        "windows": min(WINDOWS, part.windows or WINDOWS),
+        "bos": part.bos,
+        "sample": part.sample or PROMPT,
+        "device": recipe.device,
+        "dtype": recipe.dtype,
+        "trust_remote_code": recipe.trust_remote_code,
+    }
+
+
+def _folder(recipe: Recipe, model: str) -> Path:
+    return locate(model, trust_remote_code=recipe.trust_remote_code)
 
 
 def _number(value: float) -> str:

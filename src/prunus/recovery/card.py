@@ -34,14 +34,15 @@ KEPT = (
 RECORD = "`prunus.json` has the recipe of the recovery and, under `pruned`, that of the pruning."
 PLAIN = """from transformers import AutoModelForCausalLM, AutoTokenizer
 
-model = AutoModelForCausalLM.from_pretrained("{title}")
-tokenizer = AutoTokenizer.from_pretrained("{title}")"""
+model = AutoModelForCausalLM.from_pretrained("{title}"{trust})
+tokenizer = AutoTokenizer.from_pretrained("{title}"{trust})"""
 ADAPTED = """from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-model = AutoModelForCausalLM.from_pretrained("{title}")  # as it was pruned
+model = AutoModelForCausalLM.from_pretrained("{title}"{trust})  # as it was pruned
 model = PeftModel.from_pretrained(model, "{title}/adapter")  # recovered
-tokenizer = AutoTokenizer.from_pretrained("{title}")"""
+tokenizer = AutoTokenizer.from_pretrained("{title}"{trust})"""
+TRUST = ", trust_remote_code=True"  # modeling_pruned.py, read it first
 APART = (
     "The weights are those of the pruned model. What was trained is the LoRA adapter in `adapter`, in peft's form: "
     "merged in the usual way it would fill the zeros. `prunus merge` merges it under the masks."
@@ -65,7 +66,7 @@ def recovery_card(result: Mapping[str, Any], record: Mapping[str, Any]) -> str:
     body = BODY.format(
         what=f"A pruned language model, {what}" if zeros or record else "A language model, retrained",
         notes=" ".join(notes), beside=" (with the adapter)" if apart else "",
-        code=(ADAPTED if apart else PLAIN).format(title=title), title=title,
+        code=(ADAPTED if apart else PLAIN).format(title=title, trust=TRUST if _by_code(record) else ""), title=title,
         version=result["versions"]["prunus"], method=result["method"], objective=result["objective"],
         trainable=result["trainable"], share=100 * result["trainable_share"],
         before=loss["before"], after=loss["after"], source=_last(text["source"]),
@@ -75,6 +76,14 @@ def recovery_card(result: Mapping[str, Any], record: Mapping[str, Any]) -> str:
     if isinstance(pruned, Mapping) and pruned.get("method"):
         body += f"\nPruned by `{pruned['method']}`" + (f", {pruned['pattern']}.\n" if pruned.get("pattern") else ".\n")
     return f"---\n{yaml.safe_dump(head, sort_keys=False)}---\n{body}"
+
+
+def _by_code(record: Mapping[str, Any]) -> bool:
+    """Whether the pruned folder needs the modelling file beside it, and so its recovered copy, too."""
+    while isinstance(record.get("pruned"), Mapping) and record["pruned"]:
+        record = record["pruned"]  # behind any number of recoveries
+    result = record.get("result")
+    return isinstance(result, Mapping) and result.get("loads") == "code"
 
 
 def _last(path: Any) -> str:

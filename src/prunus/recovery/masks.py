@@ -108,7 +108,8 @@ class Masks:
                 f"{path} is not a registry of masks. Remove it, and the masks are taken from the zeros of the weights."
             ) from None
         for name, bits in found.packed.items():
-            if name not in found.columns or bits.shape[-1] != -(-found.columns[name] // 8):
+            right = bits.dtype == torch.uint8 and bits.ndim == 2 and name in found.columns
+            if not right or bits.shape[1] != -(-found.columns[name] // 8):
                 raise FormatError(f"{path}: the mask of {name} is damaged. Copy the file again, or remove it.")
         return found
 

@@ -153,9 +153,12 @@ def _made(record: Data) -> tuple[Data, Data]:
     if "pruned" not in record:
         return recipe, result
     first, before = _made(_mapping(record, "pruned"))
-    reached = result.get("sparsity")
+    # What was cut off is gone from the matrices whose zeros the recovery counts.
+    cut = before.get("cut", _mapping(before, "sparsity").get("reached") if "shapes" in before else None) or 0.0
+    zeros = result.get("sparsity")
+    reached = cut + (1 - cut) * zeros if isinstance(zeros, float) else None
     blocks = [{key: block[key] for key in ("name", "sparsity")} for block in before.get("blocks") or ()]
-    shares = {"sparsity": {"reached": reached if isinstance(reached, float) else None}}
+    shares = {"sparsity": {"reached": reached}, "cut": cut}
     size = {"size": {**_mapping(before, "size"), **_mapping(result, "size")}}
     # Errors by block are of the pruned blocks; their sparsity is still theirs.
     found = {**before, **result, **shares, **size, "blocks": blocks}
