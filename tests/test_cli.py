@@ -107,7 +107,7 @@ def test_options_reach_the_recipe_and_the_engine(engine: Calls, capsys: pytest.C
     assert recipe.prune.model_dump(exclude_none=True) == {
         "method": "sparsegpt", "metric": "obs", "update": "keep", "pattern": "2:4", "sparsity": 0.5,
         "allocation": "owl", "settings": {"update.damp": 0.1, "allocation.span": 0.05}, "ignore": ["*.q", "*.k"],
-        "blocks": "h", "compat": "reference",
+        "blocks": "h", "compat": "reference", "portable": False,
     }  # fmt: skip
     assert recipe.calibration.model_dump() == {"source": "a.txt", "samples": 3, "length": 9, "seed": 7, "bos": "never"}
     assert (recipe.device, recipe.dtype, recipe.trust_remote_code) == ("cuda:1", "bfloat16", True)

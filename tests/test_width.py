@@ -10,7 +10,7 @@ from prunus.capture import Recorder
 from prunus.edits import blank, narrow
 from prunus.models.discover import find_blocks
 from prunus.models.width import find_widths, relocated
-from prunus.models.widths_of import _copy
+from prunus.models.widths_of import copied
 
 # Family → kind of width → number of groups in its first block; what is missing cannot be grouped.
 FOUND = {
@@ -70,7 +70,7 @@ def test_narrowed_computes_what_masked_does(probed):
     for width in widths:
         if width.kind == "heads" and name in FIXED_HEADS:
             continue
-        twin, keep = _copy(blocks[0]), torch.arange(width.groups) % 2 == 0
+        twin, keep = copied(blocks[0]), torch.arange(width.groups) % 2 == 0
         dense = call(twin.module, hidden)
         blank(twin, width, keep)
         masked = call(twin.module, hidden)

@@ -7,6 +7,7 @@ of exactly the tensors' shapes. What the class has no place for, a bias, is name
 from __future__ import annotations
 
 import copy
+import inspect
 import itertools
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -55,6 +56,7 @@ class Fitter:
     def __init__(self, kind: type[nn.Module], config: PreTrainedConfig):
         """Remember how the blocks are built; a head's size is made explicit, or it would follow their number."""
         self.kind = kind
+        self._indexed = len(inspect.signature(kind).parameters) > 1  # some do not ask for their position
         self.config = copy.copy(config)
         sizes = {
             size for part in self.build(0, {}).modules() if isinstance(size := getattr(part, "head_dim", None), int)
@@ -99,7 +101,7 @@ class Fitter:
         for key, value in widths.items():
             setattr(config, key, value)
         with torch.device("meta"):
-            return self.kind(config, index)
+            return self.kind(config, index) if self._indexed else self.kind(config)
 
     def _type(self, index: int) -> Any:
         kinds = getattr(self.config, "layer_types", None)
