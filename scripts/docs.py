@@ -15,6 +15,7 @@ from pathlib import Path
 
 from compare_table import compared
 from families_table import families
+from finals_table import finals
 from recovery_table import recovered
 from results_table import choices, measured, methods, settings
 from speed_table import dola_overhead, frontier, pattern_cost, speed
@@ -37,6 +38,7 @@ PARTS: dict[str, Callable[..., str]] = {
     "settings": settings,
     "measured": measured,
     "families": families,
+    "finals": finals,
     "compared": compared,
     "speed": speed,
     "pattern_cost": pattern_cost,

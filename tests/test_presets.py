@@ -18,6 +18,7 @@ def test_a_preset_is_the_same_as_its_parts_written_out(name: str) -> None:
     one = PRESETS[name]
     short = recipe({"model": "m", "prune": {"preset": name, "sparsity": 0.7}})
     parts = {"method": one.method, "allocation": one.allocation, "settings": dict(one.settings), "sparsity": 0.7}
+    parts |= {"update": one.update} if one.update else {}
     assert short.build() == recipe({"model": "m", "prune": parts}).build()
     assert short.resolved()["prune"].items() >= parts.items()
 

@@ -20,12 +20,14 @@ class Preset:
         purpose: when to take it, in a few words.
         method: a key of `METHODS`.
         allocation: a key of `ALLOCATIONS`.
+        update: a key of `UPDATES`, where it is not the method's own.
         settings: as in a recipe.
     """
 
     purpose: str
     method: str
     allocation: str = "uniform"
+    update: str | None = None
     settings: Mapping[str, str | int | float | bool] = field(default_factory=dict)
 
     def fill(self, name: str, asked: Mapping[str, Any]) -> dict[str, Any]:
@@ -38,11 +40,12 @@ class Preset:
         Raises:
             RecipeError: if another method, metric or update was asked for too.
         """
-        own = {"method": self.method, "metric": None, "update": None}
+        own = {"method": self.method, "metric": None, "update": self.update}
         for axis in _ITS_OWN:
             if asked.get(axis) not in (None, own[axis]):
+                made = self.method + (f" with update {self.update}" if self.update else "")
                 raise RecipeError(
-                    f"preset {name} is method {self.method} and contradicts {axis} {asked[axis]!r}; leave one out"
+                    f"preset {name} is method {made} and contradicts {axis} {asked[axis]!r}; leave one out"
                 )
         allocation = asked.get("allocation") or self.allocation
         settings = {
@@ -51,15 +54,19 @@ class Preset:
             if allocation == self.allocation or not key.startswith("allocation.")
         }
         given = {key: value for key, value in asked.items() if value is not None}
+        given |= {"update": self.update} if self.update else {}
         return {**given, "method": self.method, "allocation": allocation,
                 "settings": {**settings, **(asked.get("settings") or {})}}  # fmt: skip
 
 
 PRESETS: dict[str, Preset] = {
     "fast": Preset("one pass over a little text, no matrix is inverted", "wanda"),
-    "balanced": Preset("kept weights make up for the lost ones; a matrix is inverted for each input", "sparsegpt"),
-    "best": Preset("the least loss, in some three times the time of SparseGPT", "alps"),
-}
+    "balanced": Preset(
+        "the kept weights are refitted to what the dense ones gave; a matrix is inverted for each input",
+        "wanda", update="lsq", settings={"update.tolerance": 0.3},
+    ),
+    "best": Preset("weights and mask found together; some three times the time of SparseGPT", "alps"),
+}  # fmt: skip
 
 
 def preset(name: str) -> Preset:

@@ -32,9 +32,12 @@ def rows() -> list[dict[str, Any]]:
 
 
 def _preset(name: str, preset: Preset) -> dict[str, Any]:
-    method, allocation = compose(preset.method, allocation=preset.allocation, settings=preset.settings)
+    method, allocation = compose(
+        preset.method, update=preset.update, allocation=preset.allocation, settings=preset.settings
+    )
     needs = sorted(statistic.__name__ for statistic in method.needs | allocation.needs)
-    defaults = {"method": preset.method, "allocation": preset.allocation, **preset.settings}
+    update = {"update": preset.update} if preset.update else {}
+    defaults = {"method": preset.method, **update, "allocation": preset.allocation, **preset.settings}
     return {"name": name, "kind": "preset", "paper": method.paper, "needs": needs, "defaults": defaults}
 
 
