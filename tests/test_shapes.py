@@ -15,6 +15,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 import prunus
 from prunus.errors import FormatError, ModelError
+from prunus.models.fitted import is_fitted
 from prunus.models.modelling import FILE, TEMPLATES, describe, ours, source
 from prunus.shapes import settle
 from prunus.shapes.folder import read_shapes
@@ -230,3 +231,13 @@ def test_a_third_party_s_code_is_not_taken_for_ours(tmp_path: Path) -> None:
     (tmp_path / FILE).symlink_to(linked)
     write_config(tmp_path, config)
     assert linked.read_text() == "kept"
+
+
+@pytest.mark.parametrize("text", ["{", "[]", '{"result": null}'])
+def test_a_damaged_record_is_no_traceback(text: str, tmp_path: Path) -> None:
+    (tmp_path / "prunus.json").write_text(text)
+    if text == "{":
+        with pytest.raises(ModelError, match="is no JSON"):
+            is_fitted(tmp_path)
+    else:
+        assert not is_fitted(tmp_path)

@@ -201,8 +201,11 @@ def _smaller(result: Result) -> str:
     if result["shapes"].get("blocks"):
         return f"{gain} Blocks that stay are as they were, so transformers, vLLM and llama.cpp load the result."
     if result["shapes"].get("split") or "ranks" in result["shapes"].get("kinds", ()):
+        split = f"{gain} Matrices become products of two, which stock classes have no place for:"
+        if result.get("loads") == "prunus":
+            return f"{split} prunus loads the result."
         return (
-            f"{gain} Matrices become products of two, which stock classes have no place for: a small modelling file "
+            f"{split} a small modelling file "
             "lies in the folder, prunus loads it as it is, transformers with trust_remote_code=True. `prunus export "
             "--portable` multiplies them back, to a stock class of the dense model's size; llama.cpp takes that alone."
         )

@@ -7,7 +7,7 @@ from itertools import pairwise, product
 import pytest
 import torch
 
-from prunus.errors import RecipeError
+from prunus.errors import CalibrationError, RecipeError
 from prunus.methods.lowrank.ranks import most, reachable, uniform, water_filled
 from prunus.methods.lowrank.scores import Plain, Scaled, Whitened
 from prunus.methods.lowrank.truncate import spectrum, truncate
@@ -210,3 +210,10 @@ def test_settings_below_their_range_are_refused():
     for make, words in ((lambda: Scaled(alpha=-1), "alpha"), (lambda: Whitened(damp=-0.1), "damp")):
         with pytest.raises(RecipeError, match=words):
             make()
+
+
+def test_inputs_without_end_are_refused_by_name():
+    moment = torch.eye(5)
+    moment[0, 0] = torch.inf
+    with pytest.raises(CalibrationError, match="NaN or infinite"):
+        spectrum(random(3, 5), moment)

@@ -96,7 +96,7 @@ def _refuse_axes(method: str, **given: str | None) -> None:
     for axis, name in given.items():
         if name != usual.get(axis):
             raise RecipeError(
-                f"--{axis} {name} has no meaning with {method}, which removes whole groups or blocks and divides the "
+                f"--{axis} {name} has no meaning with {method}, which makes tensors smaller and divides the "
                 "sparsity itself. Leave it out."
             )
 

@@ -10,6 +10,7 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 
+from prunus.errors import ModelError
 from prunus.models.checkpoint import Checkpoint
 from prunus.models.skeleton import skeleton
 from prunus.models.thin import paired, put, thin
@@ -17,11 +18,20 @@ from prunus.models.weights import Weights, disk_targets
 
 
 def is_fitted(folder: Path) -> bool:
-    """Whether prunus wrote this folder and said that stock classes have no place for its shapes."""
-    record = folder / "prunus.json"
-    if not record.is_file():
+    """Whether prunus wrote this folder and said that stock classes have no place for its shapes.
+
+    Raises:
+        ModelError: its `prunus.json` is damaged.
+    """
+    file = folder / "prunus.json"
+    if not file.is_file():
         return False
-    return json.loads(record.read_text(encoding="utf-8")).get("result", {}).get("loads") == "prunus"
+    try:
+        record = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError:
+        raise ModelError(f"{file} is no JSON. Copy the folder again, or make it anew.") from None
+    result = record.get("result") if isinstance(record, dict) else None
+    return isinstance(result, dict) and result.get("loads") == "prunus"
 
 
 def as_stored(checkpoint: Checkpoint, dtype: torch.dtype, trust_remote_code: bool = False) -> PreTrainedModel:

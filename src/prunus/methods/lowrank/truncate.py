@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from prunus.errors import CalibrationError
+
 _PANEL = 1024  # rows of M that are read at once
 
 
@@ -48,12 +50,21 @@ def _between(core: Tensor, moment: Tensor) -> Tensor:
 
 
 def _directions(weight: Tensor, moment: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Squared singular values of W·M^(1/2), largest first, and its left singular vectors `[out, min(out, in)]`."""
+    """Squared singular values of W·M^(1/2), largest first, and its left singular vectors `[out, min(out, in)]`.
+
+    Raises:
+        CalibrationError: the weights or the inputs are not finite.
+    """
     exact = weight.double()
     tall = exact.shape[0] > exact.shape[1]
     # W = QR keeps the eigenvectors small: those of R·M·Rᵀ, turned by Q, are those of W·M·Wᵀ.
     turn, core = torch.linalg.qr(exact) if tall else (None, exact)
     gram = core @ core.T if moment is None else _between(core, moment)
+    if not bool(gram.isfinite().all()):
+        raise CalibrationError(
+            "A matrix or its inputs hold NaN or infinite numbers, so it has no singular values. Try --dtype float32 or "
+            "bfloat16, or other calibration text."
+        )
     values, vectors = torch.linalg.eigh((gram + gram.T) / 2)
     vectors = vectors.flip(1)
     return values.flip(0).clamp(min=0), vectors if turn is None else turn @ vectors
