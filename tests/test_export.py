@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -61,6 +62,14 @@ def test_portable_fills_up_to_one_width_and_says_what_it_costs(unequal: Path, tm
     assert not list((tmp_path / "out").glob("*.py"))
     stock = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     assert (stock(TOKENS).logits.double() - wanted).abs().max() < 1e-5 * wanted.abs().max()
+
+
+@pytest.mark.parametrize("portable", [True, False])
+def test_masks_stay_where_they_fit_and_only_there(unequal: Path, tmp_path: Path, portable: bool) -> None:
+    shutil.copytree(unequal, tmp_path / "model")
+    (tmp_path / "model" / "prunus.masks").write_bytes(b"of the folder's own shapes")
+    prunus.export(tmp_path / "model", tmp_path / "out", portable=portable)
+    assert (tmp_path / "out" / "prunus.masks").exists() == (not portable)
 
 
 def test_portable_is_refused_where_no_stock_class_has_the_bias(qwen3: Path, tmp_path: Path) -> None:

@@ -29,12 +29,15 @@ class HuggingFace:
     def write(self, source: Path, out: Path, settings: Settings) -> dict[str, Any]:
         """See `Format.write`."""
         from prunus.formats.check import probe, runnable
+        from prunus.recovery.masks import FILE as MASKS
         from prunus.verify import verify
 
         shapes = _shapes(source)
         # Links are followed: the hub's cache is made of them.
         shutil.copytree(source, out, ignore=shutil.ignore_patterns(".*"))
         notes, kind = ([], "float32") if shapes is None else _settle(shapes, out, settings.portable)
+        if _layout(out) != _layout(source):
+            (out / MASKS).unlink(missing_ok=True)  # it speaks of other matrices; recovery reads the zeros instead
         trusted = settings.trust_remote_code or not _stock(out)
         with TemporaryDirectory(dir=out.parent) as scratch:
             file = Path(scratch) / "probe.safetensors"
@@ -53,6 +56,13 @@ class HuggingFace:
             "holds": f"{name}, {_weights(out):,} numbers", "class": name, "stock": _stock(out), "use": use,
             "check": {"line": line, **checked}, "notes": notes, "parameters": found["parameters"],
         }  # fmt: skip
+
+
+def _layout(folder: Path) -> dict[str, tuple[int, ...]]:
+    """Names and shapes of all tensors on disk."""
+    from prunus.models.checkpoint import Checkpoint
+
+    return {name: tuple(stored.shape) for name, stored in Checkpoint.open(folder).tensors.items()}
 
 
 def _shapes(source: Path) -> Shapes | None:
