@@ -1,6 +1,7 @@
 # make demo    prune a real model and see the result (about seven minutes after the installation)
-# make test    all tests
+# make test    all tests but the thorough ones
 # make quick   tests without the slow ones
+# make thorough  every combination, also those that `make test` samples; takes an hour
 # make lint    ruff and pyright
 # make docs    regenerate the generated parts of README.md and docs/
 # make clean   remove what these targets made; the cache of converted models stays
@@ -14,17 +15,20 @@ INSTALLED := $(VENV)/.installed
 MODEL := $(VENV)/.model
 OUT ?= demo-out
 
-.PHONY: demo test quick lint docs families example clean
+.PHONY: demo test quick thorough lint docs families example clean
 
 demo: $(MODEL)
 	@$(BIN)/prunus plan smollm2 $(OUT) --method sparsegpt --samples 32
 	@$(BIN)/python examples/demo.py $(OUT)
 
 test: $(INSTALLED)
+	$(BIN)/python -m pytest -n logical --dist worksteal -m "not thorough"
+
+thorough: $(INSTALLED)
 	$(BIN)/python -m pytest -n logical --dist worksteal
 
 quick: $(INSTALLED)
-	$(BIN)/python -m pytest -n logical --dist worksteal -m "not slow"
+	$(BIN)/python -m pytest -n logical --dist worksteal -m "not slow and not thorough"
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .

@@ -425,7 +425,7 @@ def test_portable_refuses_biases_and_blocks_for_which_there_is_no_class(tiny, un
 
 
 def test_top_keeps_the_first_blocks_and_their_weights(tmp_path: Path) -> None:
-    result = prunus.engine.prune(recipe("top", **{"method.keep": 2}), tmp_path / "out")
+    result = prunus.engine.prune(recipe("top", 0.5, **{"method.keep": 2}), tmp_path / "out")
     assert result["shapes"]["blocks"] == [f"model.layers.{number}" for number in (2, 3, 4)]
     dense, kept = tensors(STORIES), tensors(tmp_path / "out")
     assert all(torch.equal(dense[name], value) for name, value in kept.items())

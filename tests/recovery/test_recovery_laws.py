@@ -198,11 +198,11 @@ def test_s3_a_local_training_begins_with_the_part_as_it_is(train: str, registere
 
 
 def in_sixteen_bits() -> list:
-    """Two in every run of the tests, all others where minutes do not matter."""
+    """Two in every run of the tests, all others in the thorough one."""
     quick = [("masklora", torch.bfloat16), ("full", torch.bfloat16)]
     others = [(name, torch.bfloat16) for name in EVERY]
     others += [(name, torch.float16) for name in ("masklora", "scalelora", "spp", "hira", "lisa", "full")]
-    return [*quick, *(pytest.param(*case, marks=pytest.mark.slow) for case in others if case not in quick)]
+    return [*quick, *(pytest.param(*case, marks=pytest.mark.thorough) for case in others if case not in quick)]
 
 
 @pytest.mark.parametrize(("name", "dtype"), in_sixteen_bits(), ids=str)

@@ -103,6 +103,8 @@ class Loop(Trainer):
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
         assert output_dir is not None
+        if not self.args.should_save:  # of several processes each is asked, and all hold the same
+            return
         Path(output_dir).mkdir(parents=True, exist_ok=True)
         save_state(self.student, Path(output_dir) / STATE)
 
