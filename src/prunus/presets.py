@@ -62,7 +62,7 @@ class Preset:
 PRESETS: dict[str, Preset] = {
     "fast": Preset("one pass over a little text, no matrix is inverted", "wanda"),
     "balanced": Preset(
-        "the kept weights are refitted to what the dense ones gave; a matrix is inverted for each input",
+        "the kept weights are refitted to what the dense ones gave, and blocks with outliers keep more",
         "wanda", allocation="owl", update="lsq", settings={"update.tolerance": 0.1},
     ),
     "best": Preset("weights and mask found together; some three times the time of SparseGPT", "alps"),

@@ -121,9 +121,15 @@ def _telling(item: Result) -> list[str]:
 
 
 def methods_text(result: Result) -> str:
-    """The registries as one table, kind by kind."""
-    tables = []
-    for kind in dict.fromkeys(row["kind"] for row in result["methods"]):
+    """The registries as one table, kind by kind; presets first, with what they stand for."""
+    presets = [row for row in result["methods"] if row["kind"] == "preset"]
+    made = [[row["defaults"].get(axis) for axis in ("method", "update", "allocation")] for row in presets]
+    rows = [
+        (row["name"], ", ".join(part for part in parts if part not in (None, "uniform")), row["purpose"])
+        for row, parts in zip(presets, made, strict=True)
+    ]
+    tables = [table(("preset", "stands for", "purpose"), rows)]
+    for kind in dict.fromkeys(row["kind"] for row in result["methods"] if row["kind"] != "preset"):
         rows = [
             (row["name"], ", ".join(row["needs"]) or "weights alone", row["paper"])
             for row in result["methods"]

@@ -28,13 +28,11 @@ OBVIOUS = 10.0
 WINDOWS = 4
 PROMPT = "Once upon a time, there was"
 REFERENCE = "guard.json"
+CURE = "Remove less, choose a method or an allocation that keeps more"
 
 
 class Collapsed(PrunusError):
     """The result is so much worse than the dense model that publishing it was refused."""
-
-
-CURE = "Remove less, choose a method or an allocation that keeps more"
 
 
 def dense_reference(recipe: Recipe, work: Work, progress: Progress, dense: str | None = None) -> None:
@@ -109,9 +107,8 @@ def check_ratio(
     ratio = result["perplexity"] / dense["perplexity"]
     if ratio <= (OBVIOUS if limit is None else limit):
         return None
-    facts = f"perplexity {_number(result['perplexity'])}, {_number(ratio)} times the dense model's " + (
-        f"{_number(dense['perplexity'])}"
-    )
+    found, whole = (_number(one["perplexity"]) for one in (result, dense))
+    facts = f"perplexity {found}, {_number(ratio)} times the dense model's {whole}"
     if limit is None:
         return f"The model has collapsed: {facts}. Remove less, or choose a method or an allocation that keeps more."
     spoken = f" It writes: “{result['sample']}”" if result.get("sample") else ""

@@ -22,8 +22,8 @@ def rows() -> list[dict[str, Any]]:
     Returns:
         Dictionaries with `name`, `kind` (preset, method, metric, update, pattern, allocation), `paper` (empty if
         none), `needs` (names of statistics) and `defaults` (hyper-parameter -> value; for a method the names of its
-        parts, for a preset what it stands for). The kinds recovery and objective follow: what `prunus recover`
-        trains, and what it minimises.
+        parts, for a preset what it stands for), and for a preset its `purpose`. The kinds recovery and objective
+        follow: what `prunus recover` trains, and what it minimises.
     """
     kinds = {"method": METHODS, "metric": METRICS, "update": UPDATES, "pattern": _EXAMPLES, "allocation": ALLOCATIONS}
     presets = [_preset(name, one) for name, one in PRESETS.items()]
@@ -38,7 +38,10 @@ def _preset(name: str, preset: Preset) -> dict[str, Any]:
     needs = sorted(statistic.__name__ for statistic in method.needs | allocation.needs)
     update = {"update": preset.update} if preset.update else {}
     defaults = {"method": preset.method, **update, "allocation": preset.allocation, **preset.settings}
-    return {"name": name, "kind": "preset", "paper": method.paper, "needs": needs, "defaults": defaults}
+    return {
+        "name": name, "kind": "preset", "paper": method.paper, "needs": needs, "defaults": defaults,
+        "purpose": preset.purpose,
+    }  # fmt: skip
 
 
 def _recoveries() -> list[dict[str, Any]]:
