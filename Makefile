@@ -1,4 +1,4 @@
-# make demo    prune a real model and see the result (about seven minutes after the installation)
+# make demo    prune a real model and see the result (about twelve minutes after the installation)
 # make test    all tests but the thorough ones
 # make quick   tests without the slow ones
 # make thorough  every combination, also those that `make test` samples; takes an hour

@@ -70,9 +70,9 @@ def show_speed(packed: str, speed: dict[str, Any] | str, console: Console) -> No
 
 
 def recover(out: str, before: dict[str, Any], console: Console) -> None:
-    """The last step: 8 x 256 tokens of local reconstruction, zeros kept, and what it gained on the same windows."""
+    """The last step: 16 x 512 tokens of local reconstruction, zeros kept, and what it gained on the same windows."""
     progress, better = choose(), f"{out.rstrip('/')}-recovered"
-    gained = prunus.recover(out, better, samples=8, length=256, heldout=2, overwrite=True, progress=progress)
+    gained = prunus.recover(out, better, samples=16, heldout=2, overwrite=True, progress=progress)
     after = prunus.evaluate(better, length=1024, windows=8, progress=progress)["perplexity"]
     progress.close()
     pruned, dense = before["perplexity"], before["baseline"]["perplexity"]

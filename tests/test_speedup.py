@@ -17,7 +17,7 @@ from prunus.planning import plan
 from prunus.recipe import Recipe
 from prunus.recipe_options import from_options
 from prunus.report import plan_text, prune_text
-from prunus.speedup import NEAR, TRIALS, Trial, search
+from prunus.speedup import NEAR, TRIALS, Trial, search, shortfall
 
 STORIES = Path(__file__).parent / "assets" / "stories260k"
 TEXT = {"source": "wikitext2", "samples": 2, "length": 32}
@@ -148,3 +148,10 @@ def test_one_engine_is_timed_on_several_folders_and_neither_is_cold(monkeypatch:
     assert all(speed > 0 for phases in found.values() for speed in (phases["decode"], phases["prefill"]))
     # A round of each phase was asked for; the first of either is not measured.
     assert all(phases == ["prefill", "decode"] * 2 for phases in orders.values())
+
+
+@pytest.mark.parametrize(("reached", "said"), [(1.1, 1), (1.3 * (1 - NEAR), 0), (1.5, 0)])
+def test_a_result_that_is_slower_than_asked_is_told(reached: float, said: int) -> None:
+    found = shortfall({"wanted": 1.3, "reached": {"decode": reached, "prefill": 9.0}})
+    assert len(found) == said
+    assert all("Asked for 1.3 x" in line and "1.10 x" in line for line in found)
