@@ -8,7 +8,7 @@ from pathlib import Path
 from prunus.models.skeleton import read_config
 from prunus.packed.matrix import PackedMatrix, QuantizedMatrix
 from prunus.packed.weights import engine_weights
-from prunus.runtime.engine import Engine
+from prunus.runtime.engine import Engine, likeliest
 
 
 class Own:
@@ -30,10 +30,10 @@ class Own:
     def decode(self, ids: list[int], tokens: int) -> float:
         """See `Runner.decode`."""
         self.engine.reset()
-        token = int(self.engine.prefill(ids).argmax())
+        token = likeliest(self.engine.prefill(ids))
         begun = time.perf_counter()
         for _ in range(tokens):
-            token = int(self.engine.step(token).argmax())
+            token = likeliest(self.engine.step(token))
         return (time.perf_counter() - begun) / tokens
 
 

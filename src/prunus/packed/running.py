@@ -24,7 +24,7 @@ from prunus.decoding.sampling import Sampling
 from prunus.errors import RecipeError, near
 from prunus.models.skeleton import read_config
 from prunus.packed.weights import engine_weights
-from prunus.runtime.engine import Engine
+from prunus.runtime.engine import Engine, likeliest
 
 # Arguments of `generate` that it takes as transformers does; those below have one value that means "as it is".
 TAKEN = (
@@ -203,7 +203,7 @@ def _length(given: dict[str, Any], options: dict[str, Any], prompt: int) -> int:
 
 def _pick(scores: Tensor, draw: bool, generator: torch.Generator | None) -> int:
     if not draw:
-        return int(scores.argmax())
+        return likeliest(scores)
     return int(torch.multinomial(scores.softmax(-1), 1, generator=generator))
 
 

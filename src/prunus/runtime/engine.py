@@ -219,9 +219,18 @@ def _tokens(ids: Sequence[int] | Tensor) -> list[int]:
     return [int(token) for token in ids]
 
 
+def likeliest(logits: Tensor) -> int:
+    """The place of the largest of `logits` [vocabulary], the first of equals.
+
+    By NumPy: PyTorch would wake its own threads for that, and those spin on the processors for a while afterwards, beside
+    the engine's that make the next token.
+    """
+    return int(logits.numpy().argmax())
+
+
 def _chooser(temperature: float, seed: int) -> Callable[[Tensor], int]:
     """How a token is taken from logits."""
     if temperature == 0:
-        return lambda logits: int(logits.argmax())
+        return likeliest
     noise = torch.Generator().manual_seed(seed)
     return lambda logits: int(torch.multinomial((logits / temperature).softmax(0), 1, generator=noise))

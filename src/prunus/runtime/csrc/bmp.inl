@@ -172,28 +172,71 @@ template <bool NIBBLES> inline __m512i expand(uint64_t word, const uint8_t*& at)
     return _mm512_mask_expand_epi8(_mm512_set1_epi8(8), word, codes);
 }
 
-// sum of (w + offset) * q - offset * sum of q: unsigned bytes times signed bytes, as VPDPBUSD wants it.
-template <bool NIBBLES> void rows_rounded(const Matrix& matrix, const Input& in, float* y, int64_t first, int64_t last) {
-    const uint8_t* at = matrix.values.as<uint8_t>() + matrix.start[size_t(first / BLOCK)];
-    const uint64_t* words = matrix.bitmap.as<uint64_t>() + first * matrix.chunks;
-    const int32_t* offset = NIBBLES ? in.minus8 : in.minus128;
-    for (int64_t row = first; row < last; row++, words += matrix.chunks) {
-        const uint16_t* scale = scales_at(matrix, row, 0);
-        __m512 sum = _mm512_setzero_ps();
-        for (int64_t chunk = 0; chunk < matrix.chunks; scale += BLOCK) {
-            __m512 part = _mm512_setzero_ps();
-            const int64_t end = chunk + 2 < matrix.chunks ? chunk + 2 : matrix.chunks;
-            for (; chunk < end; chunk++) {
-                ahead(at);
-                ahead(words + chunk);
-                const __m512i weights = expand<NIBBLES>(words[chunk], at);
-                const __m512i start = _mm512_loadu_si512(offset + chunk * CHUNK / 4);
-                const __m512i dot = _mm512_dpbusd_epi32(start, weights, _mm512_loadu_si512(in.q + chunk * CHUNK));
-                part = _mm512_fmadd_ps(_mm512_cvtepi32_ps(dot), _mm512_set1_ps(in.scale[chunk]), part);
-            }
-            sum = _mm512_fmadd_ps(part, _mm512_cvtph_ps(_mm256_set1_epi16(short(*scale))), sum);
+// Rows that are multiplied together: one row alone is a chain of sums, each waiting for the one before.
+constexpr int TOGETHER = 4;
+
+// The sum over the lanes of each of four vectors.
+inline __m128 totals(const __m512* rows) {
+    const __m512 ab = _mm512_add_ps(_mm512_unpacklo_ps(rows[0], rows[1]), _mm512_unpackhi_ps(rows[0], rows[1]));
+    const __m512 cd = _mm512_add_ps(_mm512_unpacklo_ps(rows[2], rows[3]), _mm512_unpackhi_ps(rows[2], rows[3]));
+    const __m512d low = _mm512_unpacklo_pd(_mm512_castps_pd(ab), _mm512_castps_pd(cd));
+    const __m512d high = _mm512_unpackhi_pd(_mm512_castps_pd(ab), _mm512_castps_pd(cd));
+    const __m512 all = _mm512_add_ps(_mm512_castpd_ps(low), _mm512_castpd_ps(high));
+    const __m256 half = _mm256_add_ps(_mm512_castps512_ps256(all), _mm512_extractf32x8_ps(all, 1));
+    return _mm_add_ps(_mm256_castps256_ps128(half), _mm256_extractf128_ps(half, 1));
+}
+
+// Where four rows are being read.
+struct Reading {
+    const uint8_t* at[TOGETHER];
+    const uint64_t* words[TOGETHER];
+
+    Reading(const Matrix& matrix, int64_t row, int64_t last) {
+        for (int i = 0; i < TOGETHER; i++) {
+            const int64_t mine = row + i < last ? row + i : last - 1;  // behind the end the last row once more
+            at[i] = matrix.values.as<uint8_t>() + matrix.start[size_t(mine / BLOCK)] + matrix.row_start[size_t(mine)];
+            words[i] = matrix.bitmap.as<uint64_t>() + mine * matrix.chunks;
         }
-        y[row] = _mm512_reduce_add_ps(sum);
+    }
+};
+
+// part += scale of q * (sum of (w + offset) * q - offset * sum of q): unsigned times signed bytes, as VPDPBUSD wants it.
+template <bool NIBBLES> inline void meet(Reading& rows, const Input& in, int64_t chunk, __m512* part) {
+    const __m512i q = _mm512_loadu_si512(in.q + chunk * CHUNK);
+    const __m512i start = _mm512_loadu_si512((NIBBLES ? in.minus8 : in.minus128) + chunk * CHUNK / 4);
+    const __m512 scale = _mm512_set1_ps(in.scale[chunk]);
+    for (int i = 0; i < TOGETHER; i++) {
+        ahead(rows.at[i]);
+        const __m512i dot = _mm512_dpbusd_epi32(start, expand<NIBBLES>(rows.words[i][chunk], rows.at[i]), q);
+        part[i] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(dot), scale, part[i]);
+    }
+}
+
+inline void weigh(const uint16_t* scales, const __m512* part, __m512* sum) {
+    alignas(16) float scale[TOGETHER];
+    _mm_store_ps(scale, _mm_cvtph_ps(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(scales))));
+    for (int i = 0; i < TOGETHER; i++) sum[i] = _mm512_fmadd_ps(part[i], _mm512_set1_ps(scale[i]), sum[i]);
+}
+
+template <bool NIBBLES> void rows_rounded(const Matrix& matrix, const Input& in, float* y, int64_t first, int64_t last) {
+    for (int64_t row = first; row < last; row += TOGETHER) {
+        Reading rows(matrix, row, last);
+        const uint16_t* scales = scales_at(matrix, row, 0);
+        __m512 sum[TOGETHER] = {};
+        int64_t chunk = 0;
+        for (; chunk + 2 <= matrix.chunks; chunk += 2, scales += BLOCK) {
+            __m512 part[TOGETHER] = {};
+            meet<NIBBLES>(rows, in, chunk, part);
+            meet<NIBBLES>(rows, in, chunk + 1, part);
+            weigh(scales, part, sum);
+        }
+        if (chunk < matrix.chunks) {
+            __m512 part[TOGETHER] = {};
+            meet<NIBBLES>(rows, in, chunk, part);
+            weigh(scales, part, sum);
+        }
+        const int64_t count = last - row < TOGETHER ? last - row : TOGETHER;
+        _mm_mask_storeu_ps(y + row, __mmask8((1 << count) - 1), totals(sum));
     }
 }
 

@@ -1,5 +1,5 @@
 // One token: six phases a layer, a barrier behind each. Every thread keeps its own copy of the hidden state
-// and repeats what is cheap (norms, rounding), which saves barriers; only rows of matrices and heads are divided.
+// and repeats what is cheap (norms, rounding, gates), which saves barriers; only rows of matrices and heads are divided.
 #include "prefill.h"
 
 #include <algorithm>
@@ -129,15 +129,24 @@ Status Model::prefill(const int64_t* tokens, int64_t count, float* logits, bool 
     return NO_MEMORY;
 }
 
-// The share of this thread in y = matrix x + bias. `x` is prepared unless the matrix before wanted the same of it.
-void Model::apply(int thread, const Matrix& matrix, const float* bias, const float* x, float* y) {
-    int64_t first, last;
-    share(matrix.rows, thread, pool_->size(), first, last);
-    if (first >= last) return;
+// Products of the same vector, block of rows by block to whoever is free. `x` is prepared again where an order changes.
+void Model::multiply(int thread, std::initializer_list<Share> shares, const float* x) {
     Activations& activations = scratch_[size_t(thread)].activations;
-    activations.set(*kernels_, matrix, x);
-    kernels_->matvec(matrix, activations.input(), y, first, last);
-    if (bias) kernels_->add(bias + first, last - first, y + first);
+    activations.forget();
+    int64_t blocks = 0, begin, end;
+    for (const Share& share : shares) blocks += share.matrix.blocks();
+    while (pool_->take(blocks, begin, end)) {
+        for (const Share& share : shares) {
+            const Matrix& matrix = share.matrix;
+            const int64_t first = std::max<int64_t>(begin, 0) * BLOCK, last = std::min(end * BLOCK, matrix.rows);
+            begin -= matrix.blocks();
+            end -= matrix.blocks();
+            if (first >= last) continue;
+            activations.set(*kernels_, matrix, x);
+            kernels_->matvec(matrix, activations.input(), share.y, first, last);
+            if (share.bias) kernels_->add(share.bias + first, last - first, share.y + first);
+        }
+    }
 }
 
 void Model::run(int thread) {
@@ -156,10 +165,11 @@ void Model::layer(int thread, int64_t index) {
     const int64_t wide = layer.q->rows, narrow = layer.k->rows;
 
     kernels_->rms_norm(hidden, layer.attention_norm, layer.norm_eps, plan_.hidden, normed);
-    scratch.activations.forget();
-    apply(thread, *layer.q, layer.q_bias, normed, qkv);
-    apply(thread, *layer.k, layer.k_bias, normed, qkv + wide);
-    apply(thread, *layer.v, layer.v_bias, normed, qkv + wide + narrow);
+    multiply(thread,
+             {{*layer.q, layer.q_bias, qkv},
+              {*layer.k, layer.k_bias, qkv + wide},
+              {*layer.v, layer.v_bias, qkv + wide + narrow}},
+             normed);
     pool_->barrier();
 
     append(thread, index);
@@ -167,8 +177,7 @@ void Model::layer(int thread, int64_t index) {
     attention(thread, index);
     pool_->barrier();
 
-    scratch.activations.forget();
-    apply(thread, *layer.o, layer.o_bias, mixed_.as<float>(), projected_.as<float>());
+    multiply(thread, {{*layer.o, layer.o_bias, projected_.as<float>()}}, mixed_.as<float>());
     pool_->barrier();
 
     const float* change = projected_.as<float>();
@@ -178,17 +187,14 @@ void Model::layer(int thread, int64_t index) {
     }
     kernels_->add(change, plan_.hidden, hidden);
     kernels_->rms_norm(hidden, layer.mlp_norm, layer.norm_eps, plan_.hidden, normed);
-    scratch.activations.forget();
-    apply(thread, *layer.gate, layer.gate_bias, normed, gate_.as<float>());
-    apply(thread, *layer.up, layer.up_bias, normed, up_.as<float>());
-    int64_t first, last;
-    share(layer.up->rows, thread, pool_->size(), first, last);
-    if (first < last)
-        kernels_->gate(Activation(layer.activation), gate_.as<float>() + first, last - first, up_.as<float>() + first);
+    multiply(thread, {{*layer.gate, layer.gate_bias, gate_.as<float>()}, {*layer.up, layer.up_bias, up_.as<float>()}},
+             normed);
     pool_->barrier();
 
-    scratch.activations.forget();
-    apply(thread, *layer.down, layer.down_bias, up_.as<float>(), down_.as<float>());
+    // Every thread for itself: another may have made the rows.
+    std::memcpy(normed, up_.as<float>(), size_t(layer.up->rows) * 4);
+    kernels_->gate(Activation(layer.activation), gate_.as<float>(), layer.up->rows, normed);
+    multiply(thread, {{*layer.down, layer.down_bias, down_.as<float>()}}, normed);
     pool_->barrier();
 
     change = down_.as<float>();
@@ -228,21 +234,22 @@ void Model::attention(int thread, int64_t index) {
     Scratch& scratch = scratch_[size_t(thread)];
     const int64_t dim = layer.head_dim, group = layer.heads / layer.kv_heads, to = position_ + 1;
     const int64_t from = layer.window && to > layer.window ? to - layer.window : 0;
-    const int64_t end = layer.heads * (thread + 1) / pool_->size();
-    for (int64_t head = layer.heads * thread / pool_->size(); head < end; head++) {
-        float* query = scratch.query.as<float>();
-        turn(layer, layer.q_norm, qkv_.as<float>() + head * dim, query);
-        kernels_->attend({query, keys(index, head / group), values(index, head / group), dim, from, to, layer.scale,
-                          layer.softcap, scratch.scores.as<float>(), mixed_.as<float>() + head * dim});
-    }
+    int64_t head, end;
+    while (pool_->take(layer.heads, head, end))
+        for (; head < end; head++) {
+            float* query = scratch.query.as<float>();
+            turn(layer, layer.q_norm, qkv_.as<float>() + head * dim, query);
+            kernels_->attend({query, keys(index, head / group), values(index, head / group), dim, from, to, layer.scale,
+                              layer.softcap, scratch.scores.as<float>(), mixed_.as<float>() + head * dim});
+        }
 }
 
 void Model::head(int thread) {
     Scratch& scratch = scratch_[size_t(thread)];
     kernels_->rms_norm(scratch.hidden.as<float>(), plan_.norm, plan_.norm_eps, plan_.hidden, scratch.normed.as<float>());
-    scratch.activations.forget();
-    apply(thread, *plan_.head, plan_.head_bias, scratch.normed.as<float>(), logits_);
+    multiply(thread, {{*plan_.head, plan_.head_bias, logits_}}, scratch.normed.as<float>());
     if (plan_.logit_softcap <= 0) return;
+    pool_->barrier();
     int64_t first, last;
     share(plan_.vocabulary, thread, pool_->size(), first, last);
     for (int64_t i = first; i < last; i++)

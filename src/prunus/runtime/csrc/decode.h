@@ -1,5 +1,6 @@
 // A transformer of the Llama kind: one token through all layers in one parallel region.
 #pragma once
+#include <initializer_list>
 #include <memory>
 #include <vector>
 
@@ -36,6 +37,13 @@ struct Scratch {
     Activations activations;
 };
 
+// y = matrix x + bias, of which several threads make rows.
+struct Share {
+    const Matrix& matrix;
+    const float* bias;  // may be null
+    float* y;
+};
+
 class Prefill;
 
 class Model {
@@ -61,7 +69,7 @@ class Model {
     void attention(int thread, int64_t index);
     void head(int thread);
     void append(int thread, int64_t index);
-    void apply(int thread, const Matrix& matrix, const float* bias, const float* x, float* y);
+    void multiply(int thread, std::initializer_list<Share> shares, const float* x);
     void turn(const LayerPlan& layer, const float* norm, const float* x, float* out) const;
     float* keys(int64_t layer, int64_t head) { return cache_[size_t(layer)].as<float>() + head * cache_stride(layer); }
     float* values(int64_t layer, int64_t head) { return keys(layer, plan_.layers[layer].kv_heads + head); }

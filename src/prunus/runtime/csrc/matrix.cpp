@@ -3,7 +3,6 @@
 
 #include <algorithm>
 #include <cmath>
-#include <cstdlib>
 #include <cstring>
 #include <new>
 
@@ -12,7 +11,8 @@
 namespace prunus {
 namespace {
 
-constexpr int64_t LIMIT = int64_t(1) << 28;  // rows or columns; products of sizes stay far below 2^63
+// Products of sizes stay far below 2^63, and bytes of 16 rows below 2^32.
+constexpr int64_t MOST_ROWS = int64_t(1) << 28, MOST_COLUMNS = int64_t(1) << 26;
 
 bool finite_half(uint16_t half) { return (half & 0x7c00) != 0x7c00; }
 
@@ -27,7 +27,7 @@ float scale_of(const Matrix& matrix, int64_t row, int64_t group) {
 bool allocate_scales(Matrix& matrix) { return matrix.scales.allocate(matrix.blocks() * matrix.groups * BLOCK * 2); }
 
 Status set_shape(Matrix& matrix, int64_t rows, int64_t columns) {
-    if (rows < 1 || columns < 1 || rows > LIMIT || columns > LIMIT) return BAD_ARGUMENT;
+    if (rows < 1 || columns < 1 || rows > MOST_ROWS || columns > MOST_COLUMNS) return BAD_ARGUMENT;
     matrix.rows = rows;
     matrix.columns = columns;
     matrix.chunks = ceil_div(columns, CHUNK);
@@ -87,10 +87,12 @@ int64_t expected_bytes(const Packed& packed, const std::vector<int64_t>& kept) {
     return bytes;
 }
 
-void mark_blocks(Matrix& matrix, const std::vector<int64_t>& bytes_per_row) {
+void mark_rows(Matrix& matrix, const std::vector<int64_t>& bytes_per_row) {
     int64_t at = 0;
+    matrix.row_start.reserve(size_t(matrix.rows));
     for (int64_t row = 0; row < matrix.rows; row++) {
         if (row % BLOCK == 0) matrix.start.push_back(at);
+        matrix.row_start.push_back(uint32_t(at - matrix.start.back()));
         at += bytes_per_row[size_t(row)];
     }
     matrix.start.push_back(at);
@@ -104,7 +106,7 @@ Status fill_plain(const Packed& packed, Matrix& matrix, const std::vector<int64_
         for (int64_t i = 0; i < packed.values_bytes; i++) matrix.values.as<uint8_t>()[i] ^= 0x80;
     std::vector<int64_t> bytes(kept);
     for (auto& count : bytes) count *= width;
-    mark_blocks(matrix, bytes);
+    mark_rows(matrix, bytes);
     return OK;
 }
 
@@ -117,7 +119,7 @@ Status fill_nibbles(const Packed& packed, Matrix& matrix, const std::vector<int6
     for (int64_t row = 0; row < matrix.rows; row++)
         for (int64_t chunk = 0; chunk < matrix.chunks; chunk++)
             bytes[size_t(row)] += (__builtin_popcountll(words[row * matrix.chunks + chunk]) + 1) / 2;
-    mark_blocks(matrix, bytes);
+    mark_rows(matrix, bytes);
     if (!matrix.values.allocate(matrix.start.back())) return NO_MEMORY;
     uint8_t* out = matrix.values.as<uint8_t>();
     const auto* codes = static_cast<const uint8_t*>(packed.values);
@@ -176,14 +178,15 @@ Status fill_windows(const Packed& packed, Matrix& matrix, const std::vector<int6
     return OK;
 }
 
-// Expanding bitmaps takes as long as reading this many bytes per weight, however few they hold (measured with AVX-512).
-constexpr double EXPAND_COST = 0.47;
+// Expanding bitmaps takes as long as reading this many bytes per weight in windows, however few they hold (measured with
+// AVX-512; two codes in a byte have to be parted first).
+constexpr double EXPAND_COST = 0.38, EXPAND_COST_NIBBLES = 0.47;
 
 bool windows_are_faster(const Matrix& matrix, bool nibbles) {
     double windows;
     choose_slots(matrix.bitmap.as<uint64_t>(), matrix.rows, matrix.chunks, nibbles, windows);
     const double density = double(matrix.kept) / double(matrix.rows * matrix.columns);
-    return windows < std::max(EXPAND_COST, 0.125 + density * (nibbles ? 0.5 : 1.0));
+    return windows < std::max(nibbles ? EXPAND_COST_NIBBLES : EXPAND_COST, 0.125 + density * (nibbles ? 0.5 : 1.0));
 }
 
 Status fill(const Packed& packed, Matrix& matrix, bool choose) {
@@ -262,25 +265,9 @@ void skip_rows(const Matrix& matrix, int64_t from, int64_t to, const uint8_t*& v
 
 }  // namespace
 
-void Buffer::Free::operator()(void* pointer) const { std::free(pointer); }
-
-bool Buffer::allocate(int64_t bytes) {
-    if (!reserve(bytes)) return false;
-    std::memset(data_.get(), 0, size_t(ceil_div(bytes + PAD, 64) * 64));
-    return true;
-}
-
-bool Buffer::reserve(int64_t bytes) {
-    void* memory = std::aligned_alloc(64, size_t(ceil_div(bytes + PAD, 64) * 64));
-    if (!memory) return false;
-    data_.reset(memory);
-    size_ = bytes;
-    return true;
-}
-
 int64_t Matrix::bytes() const {
     return values.size() + bitmap.size() + scales.size() + int64_t(overflow.size() * sizeof(Overflow)) +
-           int64_t(order.size() * sizeof(int32_t));
+           int64_t(order.size() * sizeof(int32_t)) + int64_t(row_start.size() * sizeof(uint32_t));
 }
 
 float half_to_float(uint16_t half) {

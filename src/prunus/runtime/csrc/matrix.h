@@ -5,13 +5,14 @@
 #include <memory>
 #include <vector>
 
+#include "buffer.h"
+
 namespace prunus {
 
 constexpr int64_t CHUNK = 64;   // columns per bitmap word and per scale of a quantised activation
 constexpr int64_t GROUP = 128;  // columns per scale of quantised weights
 constexpr int64_t BLOCK = 16;   // rows that are handed to a thread together
 constexpr int64_t WINDOW = 16;  // columns whose activations fit one byte shuffle
-constexpr int64_t PAD = 128;    // readable bytes behind every buffer, for vector loads that run over its end
 
 enum Layout : int32_t {
     DENSE_F32,
@@ -39,25 +40,6 @@ enum Status : int32_t {
     BAD_SHAPE = -10,  // matrices of the model do not fit together
 };
 
-inline int64_t ceil_div(int64_t value, int64_t by) { return (value + by - 1) / by; }
-
-// Bytes aligned to a cache line, zeroed, with PAD readable bytes behind them.
-class Buffer {
-  public:
-    bool allocate(int64_t bytes);
-    bool reserve(int64_t bytes);  // not zeroed: memory that is not touched is not used
-    template <typename T> T* as() { return reinterpret_cast<T*>(data_.get()); }
-    template <typename T> const T* as() const { return reinterpret_cast<const T*>(data_.get()); }
-    int64_t size() const { return size_; }
-
-  private:
-    struct Free {
-        void operator()(void* pointer) const;
-    };
-    std::unique_ptr<void, Free> data_;
-    int64_t size_ = 0;
-};
-
 // One kept weight that found no slot in its window.
 struct Overflow {
     uint32_t column;
@@ -76,6 +58,7 @@ struct Matrix {
     Buffer bitmap;              // uint64 [rows, chunks]
     Buffer scales;              // fp16 [blocks, groups, 16]: the scales of one group of 16 rows lie together
     std::vector<int64_t> start;     // byte of `values` where each block of 16 rows begins, and the end
+    std::vector<uint32_t> row_start;  // BMP: byte behind the start of its block where each row begins
     std::vector<Overflow> overflow;  // row after row
     std::vector<int64_t> overflow_start;  // [rows + 1], empty without overflow
     std::vector<int32_t> order;      // stored column -> column of the activation; empty = identity

@@ -1,5 +1,7 @@
 #include "pool.h"
 
+#include <algorithm>
+
 #if defined(__x86_64__) || defined(_M_X64)
 #include <immintrin.h>
 #endif
@@ -73,15 +75,28 @@ void Pool::run(Work work, void* argument) {
 }
 
 void Pool::barrier() {
-    if (threads_ == 1) return;
+    if (threads_ == 1) {
+        taken_.store(0, std::memory_order_relaxed);
+        return;
+    }
     const uint32_t phase = phase_.load(std::memory_order_relaxed);
     if (arrived_.fetch_add(1, std::memory_order_acq_rel) == threads_ - 1) {
         arrived_.store(0, std::memory_order_relaxed);
+        taken_.store(0, std::memory_order_relaxed);
         phase_.store(phase + 1, std::memory_order_release);
         return;
     }
     while (!changed(phase_, phase, YIELDS)) {
     }
+}
+
+bool Pool::take(int64_t size, int64_t& first, int64_t& last) {
+    first = taken_.load(std::memory_order_relaxed);
+    do {
+        if (first >= size) return false;
+        last = first + std::max<int64_t>(1, (size - first) / (2 * threads_));
+    } while (!taken_.compare_exchange_weak(first, last, std::memory_order_relaxed));
+    return true;
 }
 
 void Pool::serve(int thread) {

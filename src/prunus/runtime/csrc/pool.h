@@ -26,6 +26,10 @@ class Pool {
     // Called by every thread inside `run`: none goes on before all have come.
     void barrier();
 
+    // The next piece [first, last) of `size` units that wait between two barriers, for whoever asks; false if none is left.
+    // A thread that other programs hold up takes fewer. Pieces shrink towards the end, so that all are done together.
+    bool take(int64_t size, int64_t& first, int64_t& last);
+
   private:
     void serve(int thread);
 
@@ -42,6 +46,7 @@ class Pool {
     alignas(64) std::atomic<uint32_t> epoch_{0};
     alignas(64) std::atomic<int> arrived_{0};
     alignas(64) std::atomic<uint32_t> phase_{0};
+    alignas(64) std::atomic<int64_t> taken_{0};  // units that are given away; every barrier sets it back
     std::atomic<int> asleep_{0};
     bool stop_ = false;  // written before the last epoch
 };
