@@ -137,8 +137,8 @@ def test_a_prompt_in_tiles_gives_what_single_steps_give(isa, kind):
     for parts in ([90], [13, 77], [64, 12, 14], [70, 20]):
         engine.reset()
         tiles = torch.cat([engine.prefill(part, every=True) for part in ids.split(parts)])
-        # Where an activation lies between two steps of int8, a last bit decides; it moves a logit by about 1 %. The head
-        # is int8 whatever the kind.
+        # Where an activation lies between two steps of int8, a last bit decides; it moves a logit by about 1 %. The
+        # head is int8 whatever the kind.
         assert off(tiles, steps) < 0.05
         assert ((tiles - steps).abs() / steps.abs().max()).median() < 1e-5
     engine.reset()

@@ -222,8 +222,8 @@ def _tokens(ids: Sequence[int] | Tensor) -> list[int]:
 def likeliest(logits: Tensor) -> int:
     """The place of the largest of `logits` [vocabulary], the first of equals.
 
-    By NumPy: PyTorch would wake its own threads for that, and those spin on the processors for a while afterwards, beside
-    the engine's that make the next token.
+    By NumPy: PyTorch would wake its own threads for that, and those spin on the processors for a while afterwards,
+    beside the engine's that make the next token.
     """
     return int(logits.numpy().argmax())
 
