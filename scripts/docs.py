@@ -18,7 +18,7 @@ from families_table import families
 from finals_table import finals
 from recovery_table import recovered
 from results_table import choices, measured, methods, settings
-from speed_table import dola_overhead, frontier, pattern_cost, speed
+from speed_table import dola_overhead, frontier, greedy, pattern_cost, speed
 
 ROOT = Path(__file__).resolve().parent.parent
 MARKED = re.compile(r"(<!-- generated: (.+?) -->\n).*?(<!-- /generated -->)", re.DOTALL)
@@ -41,6 +41,7 @@ PARTS: dict[str, Callable[..., str]] = {
     "finals": finals,
     "compared": compared,
     "speed": speed,
+    "greedy": greedy,
     "pattern_cost": pattern_cost,
     "frontier": frontier,
     "dola_overhead": dola_overhead,

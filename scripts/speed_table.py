@@ -1,4 +1,4 @@
-"""Tables of what benchmarks/speed.py, pattern_cost.py, frontier.py and dola_overhead.py measured, in Markdown."""
+"""Tables of what benchmarks/speed.py, greedy.py, pattern_cost.py, frontier.py and dola_overhead.py measured."""
 
 from __future__ import annotations
 
@@ -100,6 +100,21 @@ def _how(record: Mapping[str, Mapping[str, Any]]) -> str:
     return (
         f"Engines in turns, medians; {'; '.join(said)}.{apart} Made by `benchmarks/speed.py`; weights removed by "
         "magnitude."
+    )
+
+
+def greedy() -> str:
+    """Whether the engine writes what transformers writes."""
+    found = _read("greedy.json")
+    if not found:
+        return _missing("benchmarks/greedy.py --folder SCRATCH")
+    prompts, total = found["prompts"], found["prompts"] * found["tokens"]
+    return (
+        f"{NAMES.get(found['model'], found['model'])} at {100 * found['sparsity']:g} %, lossless, {prompts} prompts of "
+        f"WikiText-2, {found['tokens']} tokens each, greedily, against transformers in float32: {found['equal']:,} of "
+        f"{total:,} choices equal, {found['near_ties']} near-ties (logits closer than 1e-3), {found['different']} "
+        f"others; {found['texts_equal_without_help']} of {prompts} texts equal to the end. Made by "
+        "`benchmarks/greedy.py`."
     )
 
 
