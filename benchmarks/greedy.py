@@ -53,7 +53,7 @@ def main() -> None:
     texts = equal = ties = wrong = 0
     for prompt in windows[::step][: given.prompts]:
         with torch.no_grad():
-            whole = model.generate(
+            whole = model.generate(  # pyright: ignore[reportCallIssue]
                 prompt[None], max_new_tokens=given.tokens, min_new_tokens=given.tokens, do_sample=False, use_cache=True
             )[0]
             logits = model(whole[None]).logits[0, PROMPT - 1 : -1].float()
