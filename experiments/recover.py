@@ -65,7 +65,7 @@ EXTRA = {"biases": {"biases.create": True}, "imp": {"rounds": 2}}
 # Sequences that a local method needs at least, and is first timed with.
 FEW = 8
 # Of the command line, what a row's numbers depend on.
-ASKED = ("minutes", "steps", "batch", "most", "length", "calibrated", "window", "windows", "tasks", "limit")
+ASKED = ("minutes", "steps", "batch", "most", "length", "dtype", "calibrated", "window", "windows", "tasks", "limit")
 # IMP prunes the dense model itself, by magnitude: it stands beside magnitude pruning of the same sparsity.
 ITERATED = {name: p["sparsity"] for name, p in CASES.items() if name.startswith("magnitude") and "sparsity" in p}
 
@@ -187,7 +187,7 @@ def recovered(arguments: argparse.Namespace, pruned: Path, way: str, settings: d
 def _done(arguments: argparse.Namespace, pruned: Path, asked: dict[str, Any], judge: bool = False) -> dict[str, Any]:
     warnings: list[str] = []
     with tempfile.TemporaryDirectory(dir=arguments.work) as folder, collecting(warnings):
-        recipe = Recipe.model_validate({"model": str(pruned), "recover": asked})
+        recipe = Recipe.model_validate({"model": str(pruned), "recover": asked, "dtype": arguments.dtype})
         out = Path(folder) / "out"
         job = prepare(recipe, out, overwrite=False, processes=Processes(), warnings=warnings)
         job.begin(restart=True)
@@ -242,6 +242,7 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--most", type=int, default=128, help="sequences of a local method at most")
     parser.add_argument("--length", type=int, default=512)
+    parser.add_argument("--dtype", default="auto", help="of the recovery's forward passes; judged is in float32")
     parser.add_argument("--calibrated", type=int, default=32, help="sequences that the pruning is calibrated with")
     parser.add_argument("--window", type=int, default=512)
     parser.add_argument("--windows", type=int, default=16)

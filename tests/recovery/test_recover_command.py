@@ -9,19 +9,24 @@ import re
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
-from helpers import MODEL, TEXT, is_site, job_of, run, tensors_of
+from helpers import MODEL, SMALL, TEXT, is_site, job_of, run, tensors_of
 from safetensors.torch import load_file, save_file
 
+import prunus
 from prunus.cli import main
 from prunus.errors import CalibrationError, RecipeError
 from prunus.models.gguf import SOURCE
+from prunus.recipe import RecoverPart
 from prunus.recovery import RECOVERIES
 from prunus.recovery.card import recovery_card
 from prunus.recovery.run import collapse
+from prunus.recovery.samples import place, written
 from prunus.recovery.student import Student, loaded
 from prunus.recovery.training import Loop
+from shaped import cut
 
 QUICK = ["--steps", "6", "--batch", "4", "--length", "32", "--heldout", "4", "--text", str(TEXT), "--lr", "2e-3", "-q"]
 
@@ -175,13 +180,56 @@ def test_zeros_by_accident_do_not_make_a_model_pruned(tmp_path: Path, capsys: py
     assert job_of(tenth, tmp_path / "other", "masklora").masks.removed > 10_000
     # Fewer blocks: not dense, and what is zero by accident may grow.
     (few / "prunus.json").write_text(json.dumps({"result": {"sparsity": {"reached": 0.2}, "shapes": {}}}))
-    cut = job_of(few, tmp_path / "cut", "masklora")
-    assert (cut.masks.removed, cut.warnings) == (0, [])
+    shorter = job_of(few, tmp_path / "cut", "masklora")
+    assert (shorter.masks.removed, shorter.warnings) == (0, [])
     (few / "prunus.json").write_text(json.dumps({"result": {"sparsity": {"reached": 0.002}}}))
     assert job_of(few, tmp_path / "zeros", "masklora").masks.removed > 0
     # In four bits a tenth of all weights is zero without any pruning.
     (tenth / SOURCE).write_text("{}")
     assert "less than 30%" in refused(capsys, str(tenth), str(tmp_path / "third"), *QUICK)
+
+
+def test_a_matrix_with_zeros_by_accident_freezes_only_its_own(tmp_path: Path) -> None:
+    folder = with_zeros(tmp_path / "few", 0.002)
+    tensors = load_file(folder / "model.safetensors")
+    name = "model.layers.1.mlp.up_proj"
+    tensors[f"{name}.weight"][:4] = 0.0  # of 172 rows
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    job = job_of(folder, tmp_path / "out", "masklora")
+    assert {site for site, share in job.masks.shares.items() if share} == {name}
+    assert job.masks.removed >= 4 * 64
+    assert "34 of 35 matrices" in job.warnings[0] and "pass for accidents" in job.warnings[0]
+
+
+def test_text_of_the_dense_model_is_cached_for_a_device_and_a_dtype(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PRUNUS_CACHE", str(tmp_path))
+    cpu, gpu, part = torch.device("cpu"), torch.device("cuda"), RecoverPart(samples=2, heldout=1, length=8)
+    whole = written(MODEL, part, cpu, "auto", False)
+    assert written(MODEL, part, cpu, "float32", False) == whole  # what auto is there
+    short = written(MODEL, part, cpu, "bfloat16", False)
+    assert len({whole, short, *(place(MODEL, 3, 8, part.seed, gpu, dtype) for dtype in ("float32", "bfloat16"))}) == 4
+    assert all(np.load(file).shape == (3, 8) for file in (whole, short))
+
+
+@pytest.mark.usefixtures("verified_here")
+@pytest.mark.parametrize("method", ["reconstruct", "full", "lora"])
+def test_what_prunus_alone_loads_is_recovered_in_its_own_shapes(method: str, tmp_path: Path) -> None:
+    folder = cut(MODEL, tmp_path / "unequal", (4, 3, 4, 2, 4), (172, 100, 172, 60, 90))
+    (folder / "prunus.json").write_text(json.dumps({"result": {"loads": "prunus", "shapes": {}, "sparsity": 0.2}}))
+    words = {**SMALL, "method": method, "dense": str(MODEL)}
+    if method == "reconstruct":
+        words = {key: value for key, value in words.items() if key not in ("steps", "lr")} | {"samples": 12}
+    out = tmp_path / "out"
+    found = prunus.recover(str(folder), out, **words)
+    assert found["loads"] == "prunus"
+    assert found["loss"]["after"] < found["loss"]["before"]
+    before, after = tensors_of(folder), tensors_of(out)
+    assert {name: value.shape for name, value in before.items()} == {name: value.shape for name, value in after.items()}
+    ids = torch.arange(1, 17).view(1, 16)
+    assert not torch.equal(prunus.load(out)(ids).logits, prunus.load(folder)(ids).logits)
+    assert 'prunus.load("out")' in (out / "README.md").read_text()
 
 
 @pytest.mark.usefixtures("verified_here")
@@ -324,8 +372,8 @@ def test_the_card_of_what_needs_our_modelling_file_says_so(apart: str | None) ->
         "loss": {"before": 2.0, "after": 1.0}, "zeros": {"after": 0}, "training": {"apart": apart},
         "text": {"source": "text.txt", "rows": 1, "length": 8}, "versions": {"prunus": "0"},
     }  # fmt: skip
-    first = {"result": {"method": "svd", "loads": "code"}}
-    again = {"result": {"method": "masklora"}, "pruned": first}
-    for record in (first, again):
-        assert recovery_card(result, record).count('("out", trust_remote_code=True)') == 2
-    assert "trust_remote_code" not in recovery_card(result, {"result": {"method": "flap", "loads": "transformers"}})
+    record = {"result": {"method": "svd"}}
+    assert recovery_card({**result, "loads": "code"}, record).count('("out", trust_remote_code=True)') == 2
+    stock, own = (recovery_card({**result, "loads": loads}, record) for loads in ("transformers", "prunus"))
+    assert "trust_remote_code" not in stock + own
+    assert 'model = prunus.load("out")' in own and "AutoModel" not in own
