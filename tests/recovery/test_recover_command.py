@@ -6,6 +6,7 @@ import gzip
 import json
 import math
 import re
+import runpy
 import shutil
 from pathlib import Path
 
@@ -26,8 +27,10 @@ from prunus.recovery.run import collapse
 from prunus.recovery.samples import place, written
 from prunus.recovery.student import Student, loaded
 from prunus.recovery.training import Loop
+from prunus.verify import compare
 from shaped import cut
 
+ROOT = Path(__file__).parent.parent.parent
 QUICK = ["--steps", "6", "--batch", "4", "--length", "32", "--heldout", "4", "--text", str(TEXT), "--lr", "2e-3", "-q"]
 
 
@@ -230,6 +233,43 @@ def test_what_prunus_alone_loads_is_recovered_in_its_own_shapes(method: str, tmp
     ids = torch.arange(1, 17).view(1, 16)
     assert not torch.equal(prunus.load(out)(ids).logits, prunus.load(folder)(ids).logits)
     assert 'prunus.load("out")' in (out / "README.md").read_text()
+
+
+@pytest.mark.usefixtures("verified_here")
+def test_factors_of_low_rank_are_reconstructed_beside_the_whole_matrices(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("prunus.engine.verify", compare)
+    svd, out = tmp_path / "svd", tmp_path / "out"
+    prunus.prune(MODEL, svd, method="svd", sparsity=0.4, calibration=str(TEXT), samples=4, length=32)
+    words = {"samples": 12, "length": 32, "heldout": 4, "text": str(TEXT)}
+    found = prunus.recover(svd, out, **words)
+    assert found["loads"] == "code"
+    assert found["loss"]["after"] < found["loss"]["before"] - 0.1
+    assert tensors_of(svd).keys() == tensors_of(out).keys()
+    # The factors, and nothing but them, are what was trained.
+    assert found["trainable"] == sum(value.numel() for name, value in tensors_of(svd).items() if is_site(name))
+
+
+def test_the_table_of_texts_has_every_run_with_the_share_of_the_gap(tmp_path: Path) -> None:
+    table, file = runpy.run_path(str(ROOT / "scripts" / "recovery_table.py")), tmp_path / "rows.jsonl"
+    row = {"case": "wanda 50", "seconds": {"cpu": 61.4}, "length": 512, "sequences": 64, "trainable": 5}
+    rows = [
+        {"case": "dense", "recovery": "none", "perplexity": {"a": 20.0, "b": 30.0}},
+        {"case": "wanda 50", "recovery": "none", "perplexity": {"a": 50.0, "b": 70.0}},
+        {**row, "recovery": "reconstruct", "facts": {"steps": None}, "perplexity": {"a": 35.0, "b": 40.0}},
+        {**row, "recovery": "perp", "facts": {"steps": 10}, "asked": {"batch": 4}, "perplexity": {"a": 65, "b": 70}},
+        {"case": "wanda 50", "recovery": "spp", "refused": "too much memory"},
+    ]
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    lines = table["judged"](file).splitlines()
+    assert lines[2:] == [
+        "| not at all | | | | 20.00 | 30.00 |",
+        "| wanda 50 |  |  |  | 50.00 | 70.00 |",
+        "| wanda 50 | `reconstruct` | 32,768 | 61 | 35.00 (50 %) | 40.00 (75 %) |",
+        "| wanda 50 | `perp` | 20,480 | 61 | 65.00 (-50 %) | 70.00 (0 %) |",
+        "| wanda 50 | `spp` |  |  | too much memory | too much memory |",
+    ]
 
 
 @pytest.mark.usefixtures("verified_here")
