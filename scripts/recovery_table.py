@@ -37,21 +37,22 @@ def judged(path: Path) -> str:
     lines.append(f"| not at all | | | | {' | '.join(f'{value:.2f}' for value in dense.values())} |")
     for case in (case for case in given if case != "dense"):
         for row in (row for row in rows if row["case"] == case):
-            cells = [_gap(row, text, given[case][text], whole) for text, whole in dense.items()]
+            cells = [_gap(row, text, given[case].get(text), whole) for text, whole in dense.items()]
             recovery = "" if row["recovery"] == "none" else f"`{row['recovery']}`"
             lines.append(f"| {case} | {recovery} | {_tokens(row)} | {_cpu(row)} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
-def _gap(row: Row, text: str, pruned: float, dense: float) -> str:
+def _gap(row: Row, text: str, pruned: float | None, dense: float) -> str:
     """Perplexity on a text, and how much of the gap is gone; why there is none."""
     if "perplexity" not in row:
         return str(row.get("refused", "apart"))
     value = row["perplexity"].get(text)
     if value is None or not math.isfinite(value):
         return "" if value is None else "inf"
-    removed = 100 * (pruned - value) / (pruned - dense)
-    return f"{value:.2f}" if row["recovery"] == "none" else f"{value:.2f} ({removed:.0f} %)"
+    if row["recovery"] == "none" or pruned is None:
+        return f"{value:.2f}"
+    return f"{value:.2f} ({100 * (pruned - value) / (pruned - dense):.0f} %)"
 
 
 def _tokens(row: Row) -> str:

@@ -260,6 +260,7 @@ def test_the_table_of_texts_has_every_run_with_the_share_of_the_gap(tmp_path: Pa
         {**row, "recovery": "reconstruct", "facts": {"steps": None}, "perplexity": {"a": 35.0, "b": 40.0}},
         {**row, "recovery": "perp", "facts": {"steps": 10}, "asked": {"batch": 4}, "perplexity": {"a": 65, "b": 70}},
         {"case": "wanda 50", "recovery": "spp", "refused": "too much memory"},
+        {"case": "wanda 70", "recovery": "none", "perplexity": {"a": 900.0}},
     ]
     file.write_text("".join(json.dumps(row) + "\n" for row in rows))
     lines = table["judged"](file).splitlines()
@@ -269,6 +270,7 @@ def test_the_table_of_texts_has_every_run_with_the_share_of_the_gap(tmp_path: Pa
         "| wanda 50 | `reconstruct` | 32,768 | 61 | 35.00 (50 %) | 40.00 (75 %) |",
         "| wanda 50 | `perp` | 20,480 | 61 | 65.00 (-50 %) | 70.00 (0 %) |",
         "| wanda 50 | `spp` |  |  | too much memory | too much memory |",
+        "| wanda 70 |  |  |  | 900.00 |  |",
     ]
 
 
