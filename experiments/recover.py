@@ -19,9 +19,11 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import tempfile
+import shutil
+import sys
 import time
 from collections.abc import Iterator
+from hashlib import sha256
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -65,7 +67,7 @@ EXTRA = {"biases": {"biases.create": True}, "imp": {"rounds": 2}}
 # Sequences that a local method needs at least, and is first timed with.
 FEW = 8
 # Of the command line, what a row's numbers depend on.
-ASKED = ("minutes", "steps", "batch", "most", "length", "calibrated", "window", "windows", "tasks", "limit")
+ASKED = ("minutes", "steps", "batch", "most", "length", "dtype", "calibrated", "window", "windows", "tasks", "limit")
 # IMP prunes the dense model itself, by magnitude: it stands beside magnitude pruning of the same sparsity.
 ITERATED = {name: p["sparsity"] for name, p in CASES.items() if name.startswith("magnitude") and "sparsity" in p}
 
@@ -185,12 +187,16 @@ def recovered(arguments: argparse.Namespace, pruned: Path, way: str, settings: d
 
 
 def _done(arguments: argparse.Namespace, pruned: Path, asked: dict[str, Any], judge: bool = False) -> dict[str, Any]:
+    """One recovery; what an interrupted one has finished is not done again, and its time is not counted."""
     warnings: list[str] = []
-    with tempfile.TemporaryDirectory(dir=arguments.work) as folder, collecting(warnings):
-        recipe = Recipe.model_validate({"model": str(pruned), "recover": asked})
-        out = Path(folder) / "out"
-        job = prepare(recipe, out, overwrite=False, processes=Processes(), warnings=warnings)
-        job.begin(restart=True)
+    recipe = Recipe.model_validate({"model": str(pruned), "recover": asked, "dtype": arguments.dtype})
+    said = json.dumps(recipe.resolved(), sort_keys=True).encode()
+    folder = arguments.work / f"run-{sha256(said).hexdigest()[:12]}"
+    folder.mkdir(exist_ok=True)
+    with collecting(warnings):
+        job = prepare(recipe, folder / "out", overwrite=False, processes=Processes(), warnings=warnings)
+        resumed = job.work.training.is_dir() or (job.work.folder / "done").is_dir()
+        job.begin(restart=False)
         try:
             begun, cpu = time.perf_counter(), time.process_time()
             outcome = job.recovery.recover(job, Silent())
@@ -199,7 +205,7 @@ def _done(arguments: argparse.Namespace, pruned: Path, asked: dict[str, Any], ju
                 "seconds": seconds, "trainable": outcome.trainable,
                 "trainable_share": outcome.trainable / job.parameters, "peak_rss_bytes": memory.peak(),
                 "loss": {"before": outcome.before, "after": outcome.after}, "zeros": check_zeros(job),
-                "sequences": len(job.lessons.train), "length": job.lessons.train.ids.shape[1],
+                "resumed": resumed, "sequences": len(job.lessons.train), "length": job.lessons.train.ids.shape[1],
                 "facts": {key: outcome.facts.get(key) for key in ("steps", "lr", "best_step", "stopped", "apart")},
             }  # fmt: skip
             # What lies beside the weights is judged by nobody who loads the folder.
@@ -208,6 +214,8 @@ def _done(arguments: argparse.Namespace, pruned: Path, asked: dict[str, Any], ju
             return found | {"warnings": warnings}
         finally:
             job.work.close()
+            if not isinstance(sys.exception(), KeyboardInterrupt):
+                shutil.rmtree(folder)
 
 
 def judged(arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
@@ -242,6 +250,7 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--most", type=int, default=128, help="sequences of a local method at most")
     parser.add_argument("--length", type=int, default=512)
+    parser.add_argument("--dtype", default="auto", help="of the recovery's forward passes; judged is in float32")
     parser.add_argument("--calibrated", type=int, default=32, help="sequences that the pruning is calibrated with")
     parser.add_argument("--window", type=int, default=512)
     parser.add_argument("--windows", type=int, default=16)

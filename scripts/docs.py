@@ -16,7 +16,7 @@ from pathlib import Path
 from compare_table import compared
 from families_table import families
 from finals_table import finals
-from recovery_table import recovered
+from recovery_table import recovered, recovered_texts
 from results_table import choices, measured, methods, settings
 from speed_table import dola_overhead, frontier, greedy, pattern_cost, speed
 
@@ -46,6 +46,7 @@ PARTS: dict[str, Callable[..., str]] = {
     "frontier": frontier,
     "dola_overhead": dola_overhead,
     "recovered": recovered,
+    "recovered_texts": recovered_texts,
 }
 
 

@@ -1,4 +1,4 @@
-"""The table of an experiment about recoveries: `python scripts/recovery_table.py RESULTS.jsonl [screen|leaders]`."""
+"""The tables of experiments about recoveries: `python scripts/recovery_table.py FILE.jsonl [screen|leaders|texts]`."""
 
 from __future__ import annotations
 
@@ -17,6 +17,54 @@ def recovered(name: str, stage: str) -> str:
     """The table of a file in experiments/results, for a generated part of a document."""
     path = RESULTS / f"{name}.jsonl"
     return gaps(path, stage) if path.is_file() else "*Not run yet: `experiments/recover.py`.*"
+
+
+def recovered_texts(name: str) -> str:
+    """The table of `judged`, for a generated part of a document."""
+    path = RESULTS / f"{name}.jsonl"
+    return judged(path) if path.is_file() else "*Not run yet: `experiments/recover.py`.*"
+
+
+def judged(path: Path) -> str:
+    """Every run of a file with its perplexities on all texts, and the per cent of the gap to dense that it removed.
+
+    A line for a run, cases together in the order of the file; a run that was refused or died has the reason.
+    """
+    rows: list[Row] = [json.loads(line) for line in path.read_text("utf-8").splitlines()]
+    dense = next(row for row in rows if row["case"] == "dense")["perplexity"]
+    given = {row["case"]: row["perplexity"] for row in rows if row["recovery"] == "none"}
+    lines = [f"| pruned by | recovery | tokens | CPU s | {' | '.join(dense)} |", "|---" * (len(dense) + 4) + "|"]
+    lines.append(f"| not at all | | | | {' | '.join(f'{value:.2f}' for value in dense.values())} |")
+    for case in (case for case in given if case != "dense"):
+        for row in (row for row in rows if row["case"] == case):
+            cells = [_gap(row, text, given[case].get(text), whole) for text, whole in dense.items()]
+            recovery = "" if row["recovery"] == "none" else f"`{row['recovery']}`"
+            lines.append(f"| {case} | {recovery} | {_tokens(row)} | {_cpu(row)} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def _gap(row: Row, text: str, pruned: float | None, dense: float) -> str:
+    """Perplexity on a text, and how much of the gap is gone; why there is none."""
+    if "perplexity" not in row:
+        return str(row.get("refused", "apart"))
+    value = row["perplexity"].get(text)
+    if value is None or not math.isfinite(value):
+        return "" if value is None else "inf"
+    if row["recovery"] == "none" or pruned is None:
+        return f"{value:.2f}"
+    return f"{value:.2f} ({100 * (pruned - value) / (pruned - dense):.0f} %)"
+
+
+def _tokens(row: Row) -> str:
+    """Tokens that were learnt from, each as often as it was seen; empty where nothing was learnt."""
+    if "sequences" not in row:
+        return ""
+    steps = row["facts"]["steps"]
+    return f"{(row['sequences'] if steps is None else steps * row['asked']['batch']) * row['length']:,}"
+
+
+def _cpu(row: Row) -> str:
+    return f"{row['seconds']['cpu']:.0f}" if "trainable" in row else ""
 
 
 def gaps(path: Path, stage: str) -> str:
@@ -77,4 +125,5 @@ def _line(head: str, share: str, spent: str, cells: list[str]) -> str:
 
 
 if __name__ == "__main__":
-    print(gaps(Path(sys.argv[1]), sys.argv[2] if len(sys.argv) > 2 else "screen"))
+    stage = sys.argv[2] if len(sys.argv) > 2 else "screen"
+    print(judged(Path(sys.argv[1])) if stage == "texts" else gaps(Path(sys.argv[1]), stage))

@@ -6,23 +6,31 @@ import gzip
 import json
 import math
 import re
+import runpy
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
-from helpers import MODEL, TEXT, is_site, job_of, run, tensors_of
+from helpers import MODEL, SMALL, TEXT, is_site, job_of, run, tensors_of
 from safetensors.torch import load_file, save_file
 
+import prunus
 from prunus.cli import main
 from prunus.errors import CalibrationError, RecipeError
 from prunus.models.gguf import SOURCE
+from prunus.recipe import RecoverPart
 from prunus.recovery import RECOVERIES
 from prunus.recovery.card import recovery_card
 from prunus.recovery.run import collapse
+from prunus.recovery.samples import place, written
 from prunus.recovery.student import Student, loaded
 from prunus.recovery.training import Loop
+from prunus.verify import compare
+from shaped import cut
 
+ROOT = Path(__file__).parent.parent.parent
 QUICK = ["--steps", "6", "--batch", "4", "--length", "32", "--heldout", "4", "--text", str(TEXT), "--lr", "2e-3", "-q"]
 
 
@@ -175,13 +183,95 @@ def test_zeros_by_accident_do_not_make_a_model_pruned(tmp_path: Path, capsys: py
     assert job_of(tenth, tmp_path / "other", "masklora").masks.removed > 10_000
     # Fewer blocks: not dense, and what is zero by accident may grow.
     (few / "prunus.json").write_text(json.dumps({"result": {"sparsity": {"reached": 0.2}, "shapes": {}}}))
-    cut = job_of(few, tmp_path / "cut", "masklora")
-    assert (cut.masks.removed, cut.warnings) == (0, [])
+    shorter = job_of(few, tmp_path / "cut", "masklora")
+    assert (shorter.masks.removed, shorter.warnings) == (0, [])
     (few / "prunus.json").write_text(json.dumps({"result": {"sparsity": {"reached": 0.002}}}))
     assert job_of(few, tmp_path / "zeros", "masklora").masks.removed > 0
     # In four bits a tenth of all weights is zero without any pruning.
     (tenth / SOURCE).write_text("{}")
     assert "less than 30%" in refused(capsys, str(tenth), str(tmp_path / "third"), *QUICK)
+
+
+def test_a_matrix_with_zeros_by_accident_freezes_only_its_own(tmp_path: Path) -> None:
+    folder = with_zeros(tmp_path / "few", 0.002)
+    tensors = load_file(folder / "model.safetensors")
+    name = "model.layers.1.mlp.up_proj"
+    tensors[f"{name}.weight"][:4] = 0.0  # of 172 rows
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    job = job_of(folder, tmp_path / "out", "masklora")
+    assert {site for site, share in job.masks.shares.items() if share} == {name}
+    assert job.masks.removed >= 4 * 64
+    assert "34 of 35 matrices" in job.warnings[0] and "pass for accidents" in job.warnings[0]
+
+
+def test_text_of_the_dense_model_is_cached_for_a_device_and_a_dtype(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PRUNUS_CACHE", str(tmp_path))
+    cpu, gpu, part = torch.device("cpu"), torch.device("cuda"), RecoverPart(samples=2, heldout=1, length=8)
+    whole = written(MODEL, part, cpu, "auto", False)
+    assert written(MODEL, part, cpu, "float32", False) == whole  # what auto is there
+    short = written(MODEL, part, cpu, "bfloat16", False)
+    assert len({whole, short, *(place(MODEL, 3, 8, part.seed, gpu, dtype) for dtype in ("float32", "bfloat16"))}) == 4
+    assert all(np.load(file).shape == (3, 8) for file in (whole, short))
+
+
+@pytest.mark.usefixtures("verified_here")
+@pytest.mark.parametrize("method", ["reconstruct", "full", "lora"])
+def test_what_prunus_alone_loads_is_recovered_in_its_own_shapes(method: str, tmp_path: Path) -> None:
+    folder = cut(MODEL, tmp_path / "unequal", (4, 3, 4, 2, 4), (172, 100, 172, 60, 90))
+    (folder / "prunus.json").write_text(json.dumps({"result": {"loads": "prunus", "shapes": {}, "sparsity": 0.2}}))
+    words = {**SMALL, "method": method, "dense": str(MODEL)}
+    if method == "reconstruct":
+        words = {key: value for key, value in words.items() if key not in ("steps", "lr")} | {"samples": 12}
+    out = tmp_path / "out"
+    found = prunus.recover(str(folder), out, **words)
+    assert found["loads"] == "prunus"
+    assert found["loss"]["after"] < found["loss"]["before"]
+    before, after = tensors_of(folder), tensors_of(out)
+    assert {name: value.shape for name, value in before.items()} == {name: value.shape for name, value in after.items()}
+    ids = torch.arange(1, 17).view(1, 16)
+    assert not torch.equal(prunus.load(out)(ids).logits, prunus.load(folder)(ids).logits)
+    assert 'prunus.load("out")' in (out / "README.md").read_text()
+
+
+@pytest.mark.usefixtures("verified_here")
+def test_factors_of_low_rank_are_reconstructed_beside_the_whole_matrices(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("prunus.engine.verify", compare)
+    svd, out = tmp_path / "svd", tmp_path / "out"
+    prunus.prune(MODEL, svd, method="svd", sparsity=0.4, calibration=str(TEXT), samples=4, length=32)
+    words = {"samples": 12, "length": 32, "heldout": 4, "text": str(TEXT)}
+    found = prunus.recover(svd, out, **words)
+    assert found["loads"] == "code"
+    assert found["loss"]["after"] < found["loss"]["before"] - 0.1
+    assert tensors_of(svd).keys() == tensors_of(out).keys()
+    # The factors, and nothing but them, are what was trained.
+    assert found["trainable"] == sum(value.numel() for name, value in tensors_of(svd).items() if is_site(name))
+
+
+def test_the_table_of_texts_has_every_run_with_the_share_of_the_gap(tmp_path: Path) -> None:
+    table, file = runpy.run_path(str(ROOT / "scripts" / "recovery_table.py")), tmp_path / "rows.jsonl"
+    row = {"case": "wanda 50", "seconds": {"cpu": 61.4}, "length": 512, "sequences": 64, "trainable": 5}
+    rows = [
+        {"case": "dense", "recovery": "none", "perplexity": {"a": 20.0, "b": 30.0}},
+        {"case": "wanda 50", "recovery": "none", "perplexity": {"a": 50.0, "b": 70.0}},
+        {**row, "recovery": "reconstruct", "facts": {"steps": None}, "perplexity": {"a": 35.0, "b": 40.0}},
+        {**row, "recovery": "perp", "facts": {"steps": 10}, "asked": {"batch": 4}, "perplexity": {"a": 65, "b": 70}},
+        {"case": "wanda 50", "recovery": "spp", "refused": "too much memory"},
+        {"case": "wanda 70", "recovery": "none", "perplexity": {"a": 900.0}},
+    ]
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    lines = table["judged"](file).splitlines()
+    assert lines[2:] == [
+        "| not at all | | | | 20.00 | 30.00 |",
+        "| wanda 50 |  |  |  | 50.00 | 70.00 |",
+        "| wanda 50 | `reconstruct` | 32,768 | 61 | 35.00 (50 %) | 40.00 (75 %) |",
+        "| wanda 50 | `perp` | 20,480 | 61 | 65.00 (-50 %) | 70.00 (0 %) |",
+        "| wanda 50 | `spp` |  |  | too much memory | too much memory |",
+        "| wanda 70 |  |  |  | 900.00 |  |",
+    ]
 
 
 @pytest.mark.usefixtures("verified_here")
@@ -324,8 +414,8 @@ def test_the_card_of_what_needs_our_modelling_file_says_so(apart: str | None) ->
         "loss": {"before": 2.0, "after": 1.0}, "zeros": {"after": 0}, "training": {"apart": apart},
         "text": {"source": "text.txt", "rows": 1, "length": 8}, "versions": {"prunus": "0"},
     }  # fmt: skip
-    first = {"result": {"method": "svd", "loads": "code"}}
-    again = {"result": {"method": "masklora"}, "pruned": first}
-    for record in (first, again):
-        assert recovery_card(result, record).count('("out", trust_remote_code=True)') == 2
-    assert "trust_remote_code" not in recovery_card(result, {"result": {"method": "flap", "loads": "transformers"}})
+    record = {"result": {"method": "svd"}}
+    assert recovery_card({**result, "loads": "code"}, record).count('("out", trust_remote_code=True)') == 2
+    stock, own = (recovery_card({**result, "loads": loads}, record) for loads in ("transformers", "prunus"))
+    assert "trust_remote_code" not in stock + own
+    assert 'model = prunus.load("out")' in own and "AutoModel" not in own

@@ -18,7 +18,7 @@ from prunus.errors import ModelError
 from prunus.job import BATCH_TOKENS
 from prunus.models.checkpoint import Checkpoint
 from prunus.models.discover import find_blocks
-from prunus.models.skeleton import skeleton
+from prunus.models.fitted import as_stored
 from prunus.models.weights import Weights
 from prunus.recovery.parts import Part, find_parts, whole_block
 from prunus.sites import Block
@@ -146,7 +146,8 @@ def dense_stream(job: RecoveryJob) -> Stream:
         ModelError: it has other blocks or hidden states of another size, or more than one tower.
     """
     folder = job.dense_folder()
-    model = skeleton(folder, job.model.dtype, job.recipe.trust_remote_code)
+    checkpoint = Checkpoint.open(folder)
+    model = as_stored(checkpoint, job.model.dtype, job.recipe.trust_remote_code)
     blocks = find_blocks(model)
     names, others = [block.name for block in job.blocks], [block.name for block in blocks]
     if len({block.tower for block in job.blocks}) > 1:
@@ -163,7 +164,7 @@ def dense_stream(job: RecoveryJob) -> Stream:
             f"The hidden states of the dense model have {wide} values and those of the pruned one {narrow}; "
             "reconstruction compares them. Recover the whole model instead, such as with --objective logits."
         )
-    return Stream(model, Weights(model, Checkpoint.open(folder), job.device), blocks)
+    return Stream(model, Weights(model, checkpoint, job.device), blocks)
 
 
 def batches(rows: Rows, size: int) -> list[Batch]:

@@ -32,16 +32,17 @@ KEPT = (
     "zeros are stored like any other number."
 )
 RECORD = "`prunus.json` has the recipe of the recovery and, under `pruned`, that of the pruning."
-PLAIN = """from transformers import AutoModelForCausalLM, AutoTokenizer
+STOCK = """from transformers import AutoModelForCausalLM, AutoTokenizer
 
-model = AutoModelForCausalLM.from_pretrained("{title}"{trust})
+model = AutoModelForCausalLM.from_pretrained("{title}"{trust}){pruned}
 tokenizer = AutoTokenizer.from_pretrained("{title}"{trust})"""
+# No class of transformers has a place for its shapes.
+OWN = """import prunus
+
+model = prunus.load("{title}"){pruned}"""
 ADAPTED = """from peft import PeftModel
-from transformers import AutoModelForCausalLM, AutoTokenizer
-
-model = AutoModelForCausalLM.from_pretrained("{title}"{trust})  # as it was pruned
-model = PeftModel.from_pretrained(model, "{title}/adapter")  # recovered
-tokenizer = AutoTokenizer.from_pretrained("{title}"{trust})"""
+{load}
+model = PeftModel.from_pretrained(model, "{title}/adapter")  # recovered"""
 TRUST = ", trust_remote_code=True"  # modeling_pruned.py, read it first
 APART = (
     "The weights are those of the pruned model. What was trained is the LoRA adapter in `adapter`, in peft's form: "
@@ -66,7 +67,7 @@ def recovery_card(result: Mapping[str, Any], record: Mapping[str, Any]) -> str:
     body = BODY.format(
         what=f"A pruned language model, {what}" if zeros or record else "A language model, retrained",
         notes=" ".join(notes), beside=" (with the adapter)" if apart else "",
-        code=(ADAPTED if apart else PLAIN).format(title=title, trust=TRUST if _by_code(record) else ""), title=title,
+        code=_loading(title, result.get("loads", "transformers"), bool(apart)), title=title,
         version=result["versions"]["prunus"], method=result["method"], objective=result["objective"],
         trainable=result["trainable"], share=100 * result["trainable_share"],
         before=loss["before"], after=loss["after"], source=_last(text["source"]),
@@ -78,12 +79,11 @@ def recovery_card(result: Mapping[str, Any], record: Mapping[str, Any]) -> str:
     return f"---\n{yaml.safe_dump(head, sort_keys=False)}---\n{body}"
 
 
-def _by_code(record: Mapping[str, Any]) -> bool:
-    """Whether the pruned folder needs the modelling file beside it, and so its recovered copy, too."""
-    while isinstance(record.get("pruned"), Mapping) and record["pruned"]:
-        record = record["pruned"]  # behind any number of recoveries
-    result = record.get("result")
-    return isinstance(result, Mapping) and result.get("loads") == "code"
+def _loading(title: str, loads: str, apart: bool) -> str:
+    """Python that loads the result: `loads` says whether transformers can, by itself or with the file beside it."""
+    trust, pruned = TRUST if loads == "code" else "", "  # as it was pruned" if apart else ""
+    load = (OWN if loads == "prunus" else STOCK).format(title=title, trust=trust, pruned=pruned)
+    return ADAPTED.format(title=title, load=load) if apart else load
 
 
 def _last(path: Any) -> str:

@@ -19,7 +19,8 @@ from prunus.job import PROBE_TOKENS, check_out, dtype_of
 from prunus.memory import available
 from prunus.models.checkpoint import Checkpoint
 from prunus.models.discover import find_blocks
-from prunus.models.skeleton import parameter_count, skeleton
+from prunus.models.fitted import as_stored
+from prunus.models.skeleton import parameter_count
 from prunus.models.source import dense_name, locate
 from prunus.models.weights import Weights
 from prunus.output import Output
@@ -204,7 +205,7 @@ def text_of(
     if part.data == "samples":
         dense = _dense_folder(part, read_record(folder), recipe.trust_remote_code)
         device = check_device(str(local_device(recipe.device)))
-        file = processes.on_first(lambda: str(written(dense, part, device, recipe.trust_remote_code)))
+        file = processes.on_first(lambda: str(written(dense, part, device, recipe.dtype, recipe.trust_remote_code)))
         part = part.model_copy(update={"text": file})
     return lessons(part, folder, vocabulary=vocabulary, limit=folder_positions(folder))
 
@@ -254,7 +255,7 @@ def prepare(
     work = Work(out)
     check_out(out, folder, overwrite or work.published)
     checkpoint = Checkpoint.open(folder)
-    model = skeleton(folder, dtype_of(recipe.dtype, device, checkpoint), recipe.trust_remote_code)
+    model = as_stored(checkpoint, dtype_of(recipe.dtype, device, checkpoint), recipe.trust_remote_code)
     if not hasattr(model, "get_output_embeddings") or model.get_output_embeddings() is None:
         raise ModelError(f"{type(model).__name__} has no language-model head; recovery learns from the next token.")
     stream = Stream(model, Weights(model, checkpoint, device), find_blocks(model), processes)

@@ -70,14 +70,14 @@ class Masks:
         return self.packed[name].shape[0] * self.columns[name]
 
     @property
-    def sparsest(self) -> float:
-        """Largest share of a matrix that is not kept."""
-        return max((self.gone(name) / self.size(name) for name in self.packed if self.size(name)), default=0.0)
+    def shares(self) -> dict[str, float]:
+        """Matrix name → share of its weights that is not kept."""
+        return {name: self.gone(name) / self.size(name) for name in self.packed if self.size(name)}
 
-    def keep_all(self) -> None:
-        """Every weight of every matrix is kept, whatever it is now."""
-        for name, bits in self.packed.items():
-            self.add(name, torch.ones(bits.shape[0], self.columns[name], dtype=torch.bool))
+    def keep_all(self, names: Iterable[str]) -> None:
+        """Every weight of these matrices is kept, whatever it is now."""
+        for name in names:
+            self.add(name, torch.ones(self.packed[name].shape[0], self.columns[name], dtype=torch.bool))
 
     def pattern(self, name: str) -> str | None:
         """The N:M that explains the mask of a matrix, or None; see `pattern_of`."""

@@ -49,11 +49,11 @@ def read_record(folder: Path) -> dict[str, Any]:
 def masks_or_refusal(
     folder: Path, stream: Stream, record: dict[str, Any], part: RecoverPart, warnings: list[str]
 ) -> Masks:
-    """The masks of a pruned model; of one without removed weights masks that keep everything.
+    """The masks of a pruned model; a matrix without removed weights has one that keeps everything.
 
-    Without a registry, weights were removed if prunus says so, or if a matrix has enough zeros to look pruned
-    (`PRUNED`). Else the zeros are there by accident and are weights like any other; and unless prunus cut widths or
-    blocks, the model is dense.
+    Without a registry, weights were removed if prunus says so, or from matrices that have enough zeros to look pruned
+    (`PRUNED`), each judged by itself. The zeros of all others are there by accident and are weights like any other; if
+    there are only such, the model is dense, unless prunus cut widths or blocks.
 
     Raises:
         RecipeError: it is dense, and that was not allowed.
@@ -61,15 +61,26 @@ def masks_or_refusal(
     masks = masks_of(folder, stream)
     least = PRUNED_DECODED if (folder / SOURCE).is_file() else PRUNED
     smaller, zeroed = told(record)
-    if not masks.derived or zeroed or masks.sparsest >= least:
+    if not masks.derived or zeroed:
+        return masks
+    shares = masks.shares
+    few = [name for name, share in shares.items() if share < least]
+    if len(few) < len(shares):
+        if some := [name for name in few if shares[name]]:
+            warnings.append(
+                f"{len(some)} of {len(shares)} matrices ({some[0]} first) have some zeros, but less than {least:.0%}: "
+                "these pass for accidents, and are trained like other weights."
+            )
+        masks.keep_all(few)
         return masks
     if not smaller and not part.allow_dense:
-        found = f"at most {masks.sparsest:.2%} of any of its matrices is zero, less than {least:.0%}"
+        sparsest = max(shares.values(), default=0.0)
+        found = f"at most {sparsest:.2%} of any of its matrices is zero, less than {least:.0%}"
         raise RecipeError(
             f"This model is dense: {found if masks.removed else 'no weight of its matrices is zero'}, and there "
             "is nothing to preserve. Prune it first, or go on with --allow-dense."
         )
-    masks.keep_all()
+    masks.keep_all(few)
     if not smaller:
         warnings.append("The model is dense: there are no zeros to keep.")
     return masks

@@ -13,7 +13,8 @@ import torch
 
 from prunus.errors import RecipeError, near
 from prunus.models.discover import find_blocks
-from prunus.models.skeleton import parameter_count, skeleton
+from prunus.models.fitted import as_stored
+from prunus.models.skeleton import parameter_count
 from prunus.recovery.objectives import OBJECTIVES, Objective
 from prunus.recovery.part import Part
 from prunus.recovery.recovery import Outcome
@@ -92,7 +93,7 @@ class Retrain:
 
     def count(self, job: RecoveryJob) -> tuple[int, int]:
         """Number of values that are trained, and bytes that resting ones spare, from the configuration alone."""
-        model = skeleton(job.folder, job.model.dtype, job.recipe.trust_remote_code)
+        model = as_stored(job.checkpoint, job.model.dtype, job.recipe.trust_remote_code)
         student = Student(model, find_blocks(model), job.masks)
         self.attach(student)
         spared = sum(getattr(part, "resting", _nothing)(student) for part in self.parts)

@@ -13,7 +13,6 @@ from prunus.distributed import Processes
 from prunus.errors import FormatError
 from prunus.evaluation import guard
 from prunus.models.checkpoint import Checkpoint
-from prunus.models.modelling import ours
 from prunus.models.source import dense_name
 from prunus.progress import Progress
 from prunus.recipe import Recipe
@@ -75,11 +74,13 @@ def _run(job: RecoveryJob, progress: Progress, clock: Clock) -> dict[str, Any]:
 
 def _publish(job: RecoveryJob, outcome: Outcome, progress: Progress, clock: Clock) -> dict[str, Any]:
     """Prove the zeros from the files, reload them in a fresh process, describe, and let OUT appear."""
-    folder = job.work.checkpoint
+    folder, loads = job.work.checkpoint, job.output.loads
     with clock("finish"):
         zeros = check_zeros(job)
         if job.masks.removed:
             job.masks.write(folder / registry.FILE)
+        # Whoever loads the folder before it is described must know that its shapes are its own.
+        job.work.write("checkpoint/prunus.json", {"result": {"loads": loads}})
     progress.stage("verify", 1)
     with clock("verify"):
         inputs = {f"input.{name}": value.contiguous() for name, value in job.probe.inputs.items()}
@@ -89,12 +90,13 @@ def _publish(job: RecoveryJob, outcome: Outcome, progress: Progress, clock: Cloc
             job.work.folder / "probe.safetensors",
             job.dtype_name,
             str(job.device),
-            job.recipe.trust_remote_code or ours(folder),
+            job.recipe.trust_remote_code or loads == "code",
+            loads == "prunus",
         )
     progress.advance("reloaded in a fresh process")
     if warning := collapse(outcome.after, job.model.config.get_text_config().vocab_size):
         job.warnings.append(warning)
-    result = _result(job, outcome, zeros, clock) | {"verify": checked}
+    result = _result(job, outcome, zeros, clock) | {"verify": checked, "loads": loads}
     result["guard"] = guard.check_folder(job.recipe, job.work, folder, progress, CURE)
     result["seconds"] = clock.read()
     record = {

@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 
 from prunus.data.tokens import folder_positions, load_tokenizer
 from prunus.errors import RecipeError
-from prunus.evaluation.loading import load_model
+from prunus.evaluation.loading import check_dtype, load_model
 from prunus.models.checkpoint import Checkpoint
 from prunus.models.source import default_cache
 from prunus.recipe import RecoverPart
@@ -24,17 +24,19 @@ MOST = 512
 
 
 @torch.no_grad()
-def written(dense: Path, part: RecoverPart, device: torch.device, trust_remote_code: bool) -> Path:
+def written(dense: Path, part: RecoverPart, device: torch.device, dtype: str, trust_remote_code: bool) -> Path:
     """Sequences drawn from the dense model at temperature 1, from its first token on (LLM-QAT, arXiv:2305.17888).
 
     Args:
         dense: the model that writes.
         part: `samples`, `steps` and `batch` say how many, `length` how long, `seed` which.
         device: where it is computed.
+        dtype: of its forward passes, as in a recipe.
         trust_remote_code: as for any model.
 
     Returns:
-        A .npy of token ids in the cache, made once for the same model, numbers and seed.
+        A .npy of token ids in the cache, made once for the same model, numbers, seed, kind of device and dtype: what is
+        drawn hangs on the last bits of the logits.
 
     Raises:
         RecipeError: the tokenizer has no token to begin with.
@@ -44,16 +46,14 @@ def written(dense: Path, part: RecoverPart, device: torch.device, trust_remote_c
     length = part.length or min(LENGTH, folder_positions(dense) or LENGTH)
     needed = part.samples or min(MOST, part.steps * part.batch if part.steps else MOST)
     rows = needed + part.heldout
-    key = {"model": Checkpoint.open(dense).identity, "rows": rows, "length": length, "seed": part.seed}
-    name = sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:16]
-    file = default_cache() / "samples" / f"{name}.npy"
+    file = place(dense, rows, length, part.seed, device, dtype)
     if file.is_file():
         return file
     tokenizer = load_tokenizer(dense)
     first = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
     if first is None:
         raise RecipeError("The dense model has neither a BOS nor an EOS token to begin a text with; give a text.")
-    model = load_model(dense, device=str(device), dtype="auto", trust_remote_code=trust_remote_code)
+    model = load_model(dense, device=str(device), dtype=dtype, trust_remote_code=trust_remote_code)
     generator = torch.Generator(device).manual_seed(part.seed)
     counts = [min(TOGETHER, rows - start) for start in range(0, rows, TOGETHER)]
     parts = [_rows(model, count, length, first, generator) for count in counts]
@@ -62,6 +62,16 @@ def written(dense: Path, part: RecoverPart, device: torch.device, trust_remote_c
     np.save(beside, torch.cat(parts).cpu().numpy())
     beside.replace(file)
     return file
+
+
+def place(dense: Path, rows: int, length: int, seed: int, device: torch.device, dtype: str) -> Path:
+    """The file in the cache for a text that these decide; arguments as of `written`."""
+    key = {
+        "model": Checkpoint.open(dense).identity, "rows": rows, "length": length, "seed": seed, "device": device.type,
+        "dtype": str(check_dtype(dtype, device)),
+    }  # fmt: skip
+    name = sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:16]
+    return default_cache() / "samples" / f"{name}.npy"
 
 
 def _rows(model: PreTrainedModel, count: int, length: int, first: int, generator: torch.Generator) -> torch.Tensor:
