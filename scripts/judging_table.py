@@ -54,7 +54,7 @@ def tasks(name: str) -> str:
 def _harness(record: Data) -> list[str]:
     """What lm-eval itself gives for the dense model, beside what is shown; nothing where it was not asked."""
     dense = record["evaluate"]["baseline"]["tasks"]
-    pairs = {task: (own, {key: dense[task]["metrics"][key] for key in own}) for task, own in record["lm_eval"].items()}
+    pairs = {task: (own, {key: dense[task][key] for key in own}) for task, own in record["lm_eval"].items()}
     if not pairs:
         return []
     equal = [task for task, (own, ours) in pairs.items() if own == ours]
