@@ -21,13 +21,13 @@ import numpy as np
 
 from prunus.data.tokens import head_token, load_tokenizer
 from prunus.evaluation.loading import load_model
-from prunus.evaluation.perplexity import versions
 from prunus.forecasting import chain
 from prunus.forecasting.baselines import PRIOR, bigram_kernel
 from prunus.forecasting.kernel import read_kernel
 from prunus.forecasting.probe import counting, distances, power, random_chain, read_errors
 from prunus.forecasting.serial import Alphabet, Scale, probe_number_tokenizer
 from prunus.models.source import locate
+from prunus.versions import versions
 
 SEEDS = 3
 OU = {"points": 500, "mean": 2.0, "pull": 0.1, "spread": 0.2}

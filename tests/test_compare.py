@@ -286,6 +286,39 @@ def test_prune_stops_at_the_cliff_publishes_nothing_and_goes_on_under_a_higher_l
     assert 1.5 < result["guard"]["ratio"] < 1e6
 
 
+def test_run_holds_a_finished_model_against_a_limit_that_came_later(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def asked(limit: float | None, **evaluate: Any) -> dict[str, Any]:
+        question = {"text": str(TEXT), "length": 64, "windows": 2, **evaluate, "max_ppl_ratio": limit}
+        data = {
+            "model": str(MODEL), "out": str(tmp_path / "out"), "evaluate": question,
+            "prune": {"method": "magnitude", "sparsity": 0.8},
+            "calibration": {"source": str(TEXT), "samples": 4, "length": 64},
+        }  # fmt: skip
+        return prunus.run(Recipe.model_validate(data))
+
+    measured: list[str] = []
+    measure = guard._measure
+    monkeypatch.setattr(
+        guard, "_measure", lambda recipe, model, progress: measured.append(model) or measure(recipe, model, progress)
+    )
+    assert asked(None)["prune"]["guard"] is None
+    before = {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()}
+    with pytest.raises(Collapsed, match=r"at most 1\.5 times was allowed.* was made before this limit was set"):
+        asked(1.5)
+    assert measured == [str(MODEL), str(tmp_path / "out")]
+    assert {name: (tmp_path / "out" / name).read_bytes() for name in before} == before
+    found = asked(1e6)
+    assert found["skipped"] == ["prune", "evaluate"]
+    assert 1.5 < found["prune"]["guard"]["ratio"] < 1e6 and found["prune"]["guard"]["limit"] == 1e6
+    with pytest.raises(Collapsed):
+        asked(1.5)
+    assert len(measured) == 2  # the same question of the same models is not asked again
+    assert asked(1e6, bos="never")["prune"]["guard"]["asked"]["bos"] == "never"
+    assert len(measured) == 4
+
+
 def test_without_a_limit_a_collapse_is_only_told_and_a_small_loss_is_not() -> None:
     dense = {"perplexity": 10.0}
     assert check_ratio({"perplexity": 20.0}, dense, None, "") is None

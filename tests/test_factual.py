@@ -122,11 +122,17 @@ def test_what_is_wrong_is_named(data: Path, tmp_path: Path) -> None:
     with pytest.raises(CalibrationError, match=r"factor_expert\.jsonl"):
         read_items("factor_expert", data)
     (tmp_path / "factor_expert.jsonl").write_text('{"full_prefix": "a"}\n', "utf-8")
-    with pytest.raises(CalibrationError, match="row 1"):
+    with pytest.raises(CalibrationError, match="row 1, is no item of factor_expert: it has no 'contradiction_0'"):
         read_items("factor_expert", tmp_path)
-    (tmp_path / "factor_expert.jsonl").write_text("{\n", "utf-8")
+    for content, said in (("\n{\n", "line 2 is not JSON"), ("[1]\n", "line 1 is no JSON object but list")):
+        (tmp_path / "factor_expert.jsonl").write_text(content, "utf-8")
+        with pytest.raises(CalibrationError, match=said):
+            read_items("factor_expert", tmp_path)
+    packed = bytearray(gzip.compress(b'{"full_prefix": "a"}' * 50))
+    packed[10] = 0xFF  # a kind of block that deflate does not have
+    (tmp_path / "factor_news.jsonl.gz").write_bytes(packed)
     with pytest.raises(CalibrationError, match="cannot be read"):
-        read_items("factor_expert", tmp_path)
+        read_items("factor_news", tmp_path)
     with pytest.raises(CalibrationError, match=r"512 positions.*--preamble none"):
         judge(MODEL, "truthfulqa", data, preamble="word " * 600)
     with pytest.raises(RecipeError, match="limit"):

@@ -90,6 +90,8 @@ def test_other_broken_logs(tmp_path: Path, values: list[float]) -> None:
     steps = [place * 10 + (5 if place > 20 else 0) for place in range(60)]
     with pytest.raises(FormatError, match="after step 200 comes 215"):
         read_series(write(tmp_path / "a.csv", values, steps=steps))
+    with pytest.raises(FormatError, match="step is nan in row 8"):
+        read_series(write(tmp_path / "a.csv", values, steps=[*range(7), "nan", *range(8, 60)]))
     with pytest.raises(FormatError, match="do not rise"):
         read_series(write(tmp_path / "b.csv", values, steps=[-place for place in range(60)]))
     with pytest.raises(FormatError, match="Did you mean 'loss'"):

@@ -157,8 +157,21 @@ def test_what_collapsed_or_ties_is_no_best_and_other_windows_do_not_compare(tmp_
     assert best(good, bad) == ["good"]
     assert best(good, row("same", "ria", 0.5, 12.0)) == []
     assert best(good, row("fell", "ria", 0.5, 11.0, status="collapsed")) == []
-    bad["evaluate"]["windows"] = 9
-    assert best(good, bad) == []
+    for key, other in (("windows", 9), ("engine", "packed"), ("dtype", "bfloat16"), ("bos", True)):
+        bad = row("bad", "ria", 0.5, 13.0)
+        bad["evaluate"][key] = other
+        assert best(good, bad) == [], key
+
+
+def test_rows_of_two_engines_have_one_dense_row(tmp_path: Path) -> None:
+    rows = [row(f"by {engine}", "ria", 0.5, 12.0) for engine in ("transformers", "packed")]
+    for one, engine in zip(rows, ("transformers", "packed"), strict=True):
+        one["evaluate"]["engine"] = engine
+        place = tmp_path / "runs" / one["name"]
+        place.mkdir(parents=True)
+        (place / "result.json").write_text(json.dumps(one))
+    (tmp_path / "comparison.json").write_text(json.dumps({"rows": [{"name": one["name"]} for one in rows]}))
+    assert page(gather([tmp_path])).count("dense tiny</th>") == 1
 
 
 def test_failed_stale_and_coming_rows_of_a_comparison_are_shown_as_such(comparison: Path, tmp_path: Path) -> None:

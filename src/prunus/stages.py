@@ -12,6 +12,7 @@ from prunus.progress import Progress, Silent
 from prunus.recipe import EvaluatePart, Recipe
 
 RECORD = "prunus.json"
+LIMIT = "guard.json"  # of a checkpoint that was finished before its recipe had a limit
 EVALUATION = "evaluation.json"
 
 
@@ -59,6 +60,10 @@ def run(
         recovered = recover(recipe, pruning, Path(recipe.out), restart, overwrite, progress)
         skipped += ["recover"] if recovered.pop("skipped") else []
     out = Path(recipe.out)
+    made, stage = (pruned, "prune") if recovered is None else (recovered, "recover")
+    if stage in skipped:
+        # Under a limit that came later, or another one: stages that are done now were held against it themselves.
+        _check_limit(recipe, out, made, progress)
     if recipe.evaluate is None:
         return {"prune": pruned, "recover": recovered, "evaluate": None, "skipped": skipped}
     key = _evaluation_key(recipe, recipe.evaluate, out)
@@ -95,6 +100,32 @@ def finished(recipe: Recipe, out: Path, progress: Progress | None = None) -> dic
         (progress or Silent()).warn(f"{out} was made by this recipe, but from another {' and another '.join(changed)}.")
         return None
     return dict(record["result"])
+
+
+def _check_limit(recipe: Recipe, out: Path, made: dict[str, Any], progress: Progress) -> None:
+    """Hold a finished checkpoint against the recipe's `max_ppl_ratio`; what was measured is kept beside it.
+
+    Args:
+        recipe: with the limit or without.
+        out: the checkpoint.
+        made: the result of its stage; `guard` becomes what was found now.
+        progress: told after each window.
+
+    Raises:
+        Collapsed: the perplexity is over the limit.
+    """
+    from prunus.evaluation import guard
+
+    known = _read(out / LIMIT) or made.get("guard") or {}
+    dense = recipe.model if recipe.recover is None else recipe.recover.dense or recipe.model
+    found = guard.measure_finished(recipe, out, known, dense, progress)
+    if found is None:
+        return
+    if found != known:
+        _write(out / LIMIT, found)
+    made["guard"] = found
+    stays = f"{out} was made before this limit was set, and stays as it is."
+    guard.check_ratio(found, {"perplexity": found["dense"]}, found["limit"], stays)
 
 
 def _changed(recipe: Recipe, recorded: Any) -> list[str]:
@@ -139,7 +170,7 @@ def _evaluation_key(recipe: Recipe, part: EvaluatePart, out: Path) -> dict[str, 
     text = None if part.text == "none" or on_hub(part.text) else read(part.text, purpose="evaluation").sha256
     dense = locate(recipe.model, trust_remote_code=recipe.trust_remote_code) if part.baseline else None
     return {
-        "evaluate": part.model_dump(mode="json"),
+        "evaluate": part.model_dump(mode="json", exclude={"max_ppl_ratio"}),
         "device": recipe.device,
         "dtype": recipe.dtype,
         "text_sha256": text,

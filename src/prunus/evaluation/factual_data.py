@@ -6,6 +6,7 @@ import csv
 import gzip
 import io
 import json
+import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -128,8 +129,12 @@ def read_items(task: str, folder: Path, *, preamble: str | None = None, limit: i
     for number, row in enumerate(_rows(path)[:limit], 1):
         try:
             item = source.item(row, preamble)
-        except (KeyError, TypeError, ValueError, AttributeError) as problem:
-            raise CalibrationError(f"{path}, row {number}, is no item of {task}: {problem!r} is missing.") from problem
+        except KeyError as problem:
+            raise CalibrationError(f"{path}, row {number}, is no item of {task}: it has no {problem}.") from problem
+        except (TypeError, ValueError, AttributeError) as problem:
+            raise CalibrationError(
+                f"{path}, row {number}, is no item of {task} ({problem}); mend or remove it."
+            ) from problem
         if not item.true or not item.false:
             raise CalibrationError(f"{path}, row {number}, has no true or no false statement.")
         items.append(item)
@@ -145,9 +150,19 @@ def _rows(path: Path) -> list[dict[str, Any]]:
         if path.name.removesuffix(".gz").endswith(".csv"):
             # Not by splitlines: a quoted cell may hold a line break, and JSON a separator that is none of lines.
             return list(csv.DictReader(io.StringIO(text, newline="")))
-        return [json.loads(line) for line in text.split("\n") if line.strip()]
-    except (OSError, ValueError, EOFError, csv.Error) as problem:
+    except (OSError, ValueError, EOFError, csv.Error, zlib.error) as problem:
         raise CalibrationError(f"{path} cannot be read ({problem}); copy it again.") from problem
+    return [_object(line, path, number) for number, line in enumerate(text.split("\n"), 1) if line.strip()]
+
+
+def _object(line: str, path: Path, number: int) -> dict[str, Any]:
+    try:
+        row = json.loads(line)
+    except ValueError as problem:
+        raise CalibrationError(f"{path}, line {number} is not JSON ({problem}); mend or remove the line.") from problem
+    if not isinstance(row, dict):
+        raise CalibrationError(f"{path}, line {number} is no JSON object but {type(row).__name__}; mend the line.")
+    return row
 
 
 def _sides(targets: dict[str, Any]) -> tuple[tuple[str, ...], tuple[str, ...]]:

@@ -53,7 +53,7 @@ def dense_reference(recipe: Recipe, work: Work, progress: Progress, dense: str |
     if recipe.evaluate is None or recipe.evaluate.max_ppl_ratio is None:
         return
     model = dense or recipe.model
-    asked = {**_asked(recipe, model), "files": Checkpoint.open(_folder(recipe, model)).identity}
+    asked = _question(recipe, model)
     if (work.read(REFERENCE) or {}).get("asked") != asked:
         work.write(REFERENCE, {**_measure(recipe, model, progress), "asked": asked})
 
@@ -71,7 +71,8 @@ def check_folder(
         cure: what a refusal advises.
 
     Returns:
-        perplexity, dense (the dense model's), ratio, limit, windows, length, text and sample.
+        perplexity, dense (the dense model's), ratio, limit, windows, length, text, sample and asked (the question and
+        the dense model's files).
 
     Raises:
         Collapsed: the ratio is over the limit; the message has both perplexities and a sample of text.
@@ -81,9 +82,43 @@ def check_folder(
         return None
     found, limit = _measure(recipe, str(folder), progress), recipe.evaluate.max_ppl_ratio
     check_ratio(found, dense, limit, f"Nothing was published; the finished blocks wait in {work.folder}.", cure)
+    return _numbers(found, dense, limit, dense["asked"])
+
+
+def measure_finished(
+    recipe: Recipe, folder: Path, known: Mapping[str, Any], dense: str, progress: Progress
+) -> dict[str, Any] | None:
+    """What `check_folder` returns, for a checkpoint that was published before the limit was set; None without a limit.
+
+    The caller holds it against the limit: `check_ratio(found, {"perplexity": found["dense"]}, ...)`.
+
+    Args:
+        recipe: `evaluate.max_ppl_ratio` is the limit.
+        folder: the checkpoint.
+        known: what was measured of it earlier, or nothing; it counts if the question and the dense model are the same.
+        dense: the dense model.
+        progress: told after each window.
+
+    Raises:
+        PrunusError: as `evaluate`.
+    """
+    if recipe.evaluate is None or recipe.evaluate.max_ppl_ratio is None:
+        return None
+    asked, limit = _question(recipe, dense), recipe.evaluate.max_ppl_ratio
+    if known.get("asked") == asked:
+        return {**known, "limit": limit}
+    whole = _measure(recipe, dense, progress)
+    return _numbers(_measure(recipe, str(folder), progress), whole, limit, asked)
+
+
+def _numbers(
+    found: Mapping[str, Any], dense: Mapping[str, Any], limit: float, asked: Mapping[str, Any]
+) -> dict[str, Any]:
+    """What is recorded about a checkpoint beside its dense model."""
     keys = ("windows", "length", "text", "sample")
     numbers = {"perplexity": found["perplexity"], "dense": dense["perplexity"], "limit": limit}
-    return {**numbers, "ratio": found["perplexity"] / dense["perplexity"], **{key: found[key] for key in keys}}
+    ratio = found["perplexity"] / dense["perplexity"]
+    return {**numbers, "ratio": ratio, **{key: found[key] for key in keys}, "asked": dict(asked)}
 
 
 def check_ratio(
@@ -162,6 +197,11 @@ def _asked(recipe: Recipe, model: str) -> dict[str, Any]:
         "dtype": recipe.dtype,
         "trust_remote_code": recipe.trust_remote_code,
     }
+
+
+def _question(recipe: Recipe, model: str) -> dict[str, Any]:
+    """What the dense model is asked, and its files."""
+    return {**_asked(recipe, model), "files": Checkpoint.open(_folder(recipe, model)).identity}
 
 
 def _folder(recipe: Recipe, model: str) -> Path:

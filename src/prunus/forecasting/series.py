@@ -52,9 +52,6 @@ def read_series(path: Path, column: str | None = None) -> Series:
     name = _column(rows, column, path)
     numbers = [(row, _number(values.get(name), name, row, path)) for row, values in enumerate(rows, 1)]
     kept = [(row, value) for row, value in numbers if value is not None]
-    for row, value in kept:
-        if not math.isfinite(value):
-            raise FormatError(f"{path}: {name} is {value} in row {row}; cut the log before it, or mend the row.")
     if len(kept) < LEAST:
         raise FormatError(
             f"{path}: {name} has {len(kept)} values, too few to forecast; at least {LEAST} are needed "
@@ -119,15 +116,18 @@ def _column(rows: list[dict[str, Any]], wanted: str | None, path: Path) -> str:
 
 
 def _number(value: Any, name: str, row: int, path: Path) -> float | None:
-    """A number, or None for an empty field."""
+    """A finite number, or None for an empty field."""
     if value is None or (isinstance(value, str) and not value.strip()):
         return None
     try:
         if isinstance(value, bool):
             raise ValueError
-        return float(value)
-    except (TypeError, ValueError) as problem:
+        number = float(value)
+    except (TypeError, ValueError, OverflowError) as problem:
         raise FormatError(f"{path}: {name} is {value!r} in row {row}, which is no number.") from problem
+    if not math.isfinite(number):
+        raise FormatError(f"{path}: {name} is {number} in row {row}; cut the log before it, or mend the row.")
+    return number
 
 
 def _distances(

@@ -51,9 +51,13 @@ class Run:
 
     @property
     def asked(self) -> tuple[str, ...]:
-        """What must be equal for two perplexities of one model to compare: model, text, windows and length."""
-        found = self.evaluate
-        return (str(self.recipe.get("model")), *(str(found.get(key)) for key in ("text", "windows", "length")))
+        """What must be equal for two perplexities to compare: model, text and how it is read, engine and dtype."""
+        return (*self.question(self.evaluate), str(self.evaluate.get("engine")))
+
+    def question(self, found: Data) -> tuple[str, ...]:
+        """What an evaluation of this model or of its dense one was asked, whatever engine computed the answer."""
+        keys = ("text", "windows", "length", "bos", "dtype")
+        return (str(self.recipe.get("model")), *(str(found.get(key)) for key in keys))
 
     @property
     def dense(self) -> Data:

@@ -60,7 +60,7 @@ def dot(run: Run, runs: Sequence[Run]) -> str:
 
 def denses(runs: Sequence[Run]) -> list[tuple[str, Mapping[str, Any]]]:
     """Model and dense evaluation, one for each model and way of asking that has one."""
-    found = {run.asked: (run.model, run.dense) for run in reversed(runs) if run.dense}
+    found = {run.question(run.dense): (run.model, run.dense) for run in reversed(runs) if run.dense}
     return list(reversed(found.values()))
 
 

@@ -1,0 +1,140 @@
+"""Tables of what models answered: benchmark tasks, true and false statements, and chains that they read."""
+
+from __future__ import annotations
+
+import json
+import statistics
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS = ROOT / "benchmarks" / "results"
+FORECASTS = ROOT / "experiments" / "results" / "forecast.jsonl"
+Data = Mapping[str, Any]
+
+
+def tasks(name: str) -> str:
+    """Accuracies of the dense and the pruned model with their paired test, and what lm-eval itself gives.
+
+    Args:
+        name: of the file in benchmarks/results, without `.json`: `{"evaluate": what evaluate returned, "lm_eval": task
+            -> metric -> value of the dense model}`.
+    """
+    record = _read(f"{name}.json")
+    found, dense = record["evaluate"], record["evaluate"]["baseline"]
+    lines = []
+    for task, one in found["tasks"].items():
+        before = dense["tasks"][task]
+        versus = one["versus"]
+        shifted = f"{versus['lost']} / {versus['gained']}"
+        lines.append([task, _score(before), _score(one), _norms(before, one), *_versus(versus), shifted])
+    for group, one in found["groups"].items():
+        lines.append([f"mean ({group})", _score(dense["groups"][group]), _score(one), "", *_versus(one["versus"]), ""])
+    head = [
+        "task",
+        "dense acc",
+        "pruned acc",
+        "acc_norm of both",
+        "change, points (95 %)",
+        "p",
+        "verdict",
+        "lost / won",
+    ]
+    items = sorted({one["items"] for one in found["tasks"].values()})
+    versions = ", ".join(f"{key} {value}" for key, value in found["versions"].items())
+    below = (
+        f"The first {' or '.join(map(str, items))} items of each task, zero-shot, {found['dtype']}; "
+        f"lm-eval {found['asked']['lm_eval']}, {versions}. Pruned by `{record['pruned_by']}`, judged by "
+        f"`{record['judged_by']}`; *lost / won*: items that only the dense, or only the pruned, model gets right."
+    )
+    return "\n\n".join([_table(head, lines, right=(1, 2, 3, 4, 5, 7)), below, *_harness(record)])
+
+
+def _harness(record: Data) -> list[str]:
+    """What lm-eval itself gives for the dense model, beside what is shown; nothing where it was not asked."""
+    dense = record["evaluate"]["baseline"]["tasks"]
+    pairs = {task: (own, {key: dense[task][key] for key in own}) for task, own in record["lm_eval"].items()}
+    if not pairs:
+        return []
+    equal = [task for task, (own, ours) in pairs.items() if own == ours]
+    others = [f"{task}: {own} there, {ours} here" for task, (own, ours) in pairs.items() if own != ours]
+    said = f"equal in every digit for {', '.join(equal) or 'none'}" + "".join(f"; {text}" for text in others)
+    return [f"lm-eval by itself on the dense model, `{record['lm_eval_by']}`: {said}."]
+
+
+def factual(name: str) -> str:
+    """Plain and contrasted scores of true and false statements, the gain paired, a line for each metric and bucket."""
+    lines, notes = [], []
+    for one in _read(f"{name}.json")["scores"]:
+        layers = one["dola"]["candidates"]
+        most = max(one["chosen"], key=lambda layer: one["chosen"][layer])
+        for metric in one["plain"]:
+            cells = [_pm(one[kind][metric]) for kind in ("plain", "contrasted")]
+            bucket = f"{one['dola']['layers']}, {layers[0]}-{layers[-1]}"
+            norm = one["dola"]["norm"]
+            lines.append(
+                [one["task"], str(one["items"]), metric, bucket, norm, *cells, _pm(one["gain"][metric], "+"), most]
+            )
+        notes.append(one)
+    head = ["task", "items", "metric", "layers", "norm", "plain", "DoLa", "gain, paired", "layer chosen most"]
+    versions = ", ".join(f"{key} {value}" for key, value in notes[0]["versions"].items())
+    below = f"SmolLM2-135M-Instruct, float32; ± one standard error over items; {versions}. Made by `prunus score`."
+    return "\n\n".join([_table(head, lines, right=range(5, 8)), below])
+
+
+def stationary() -> str:
+    """W1 of the stationary law of an Ornstein-Uhlenbeck series to the truth, seed by seed."""
+    lines = [json.loads(line) for line in FORECASTS.read_text("utf-8").splitlines()]
+    own = [line for line in lines if line["kind"] == "ou"]
+    kinds = ("model", "bigram", "histogram")
+    rows = [
+        [str(line["seed"]), *(f"{line['w1'][kind]:.4f}" for kind in kinds), f"{line['row_w1']:.4f}"] for line in own
+    ]
+    means = [f"{statistics.fmean(line['w1'][kind] for line in own):.4f}" for kind in kinds]
+    rows.append(["mean", *means, f"{statistics.fmean(line['row_w1'] for line in own):.4f}"])
+    return _table(
+        ["seed", "SmolLM2-135M", "counting transitions", "histogram", "a row of the kernel"], rows, range(1, 5)
+    )
+
+
+def probed(name: str) -> str:
+    """The Markov probe of a dense and a pruned model."""
+    found = _read(f"{name}.json")
+    rows = []
+    for words, one in (("dense", found["probe"]["baseline"]), (found["pruned"], found["probe"])):
+        rows.append([words, f"{one['area']:.4f} ± {one['stderr']:.4f}", f"{one['end']:.4f}", f"{one['learned']:.3f}"])
+    one = found["probe"]
+    rows.append(["counting transitions", f"{one['counting']:.4f}", "", f"{1 - one['counting'] / one['uniform']:.3f}"])
+    rows.append(["a uniform guess", f"{one['uniform']:.4f}", "", "0"])
+    below = (
+        f"{one['chains']} chains of {one['states']} states, {one['length']} steps; *end* is the last tenth. Made by "
+        f"`{found['made_by']}`."
+    )
+    return "\n\n".join([_table(["reader", "distance", "end", "learned"], rows, range(1, 4)), below])
+
+
+def _score(one: Data) -> str:
+    return f"{one['acc']:.3f} ± {one['stderr']:.3f}"
+
+
+def _norms(dense: Data, pruned: Data) -> str:
+    return "" if dense["acc_norm"] is None else f"{dense['acc_norm']:.2f}, {pruned['acc_norm']:.2f}"
+
+
+def _versus(one: Data) -> list[str]:
+    low, high = 100 * one["low"], 100 * one["high"]
+    return [f"{100 * one['difference']:+.1f} ({low:+.1f} to {high:+.1f})", f"{one['p']:.3f}", one["verdict"]]
+
+
+def _pm(one: Data, sign: str = "") -> str:
+    return f"{one['mean']:{sign}.3f} ± {one['stderr']:.3f}"
+
+
+def _read(file: str) -> dict[str, Any]:
+    return json.loads((RESULTS / file).read_text("utf-8"))
+
+
+def _table(head: Sequence[str], lines: Iterable[Sequence[str]], right: Iterable[int] = ()) -> str:
+    rule = ["--:" if number in set(right) else "---" for number in range(len(head))]
+    return "\n".join(f"| {' | '.join(row)} |" for row in (head, rule, *lines))
