@@ -217,7 +217,7 @@ def test_text_of_the_dense_model_is_cached_for_a_device_and_a_dtype(
 
 
 @pytest.mark.usefixtures("verified_here")
-@pytest.mark.parametrize("method", ["reconstruct", "full", "lora"])
+@pytest.mark.parametrize("method", ["reconstruct", "lora", pytest.param("full", marks=pytest.mark.thorough)])
 def test_what_prunus_alone_loads_is_recovered_in_its_own_shapes(method: str, tmp_path: Path) -> None:
     folder = cut(MODEL, tmp_path / "unequal", (4, 3, 4, 2, 4), (172, 100, 172, 60, 90))
     (folder / "prunus.json").write_text(json.dumps({"result": {"loads": "prunus", "shapes": {}, "sparsity": 0.2}}))
