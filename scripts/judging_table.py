@@ -1,4 +1,4 @@
-"""Tables of what models answered: benchmark tasks, true and false statements, and chains that they read."""
+"""Tables of what models answered: benchmark tasks, and chains that they read."""
 
 from __future__ import annotations
 
@@ -63,26 +63,6 @@ def _harness(record: Data) -> list[str]:
     return [f"lm-eval by itself on the dense model, `{record['lm_eval_by']}`: {said}."]
 
 
-def factual(name: str) -> str:
-    """Plain and contrasted scores of true and false statements, the gain paired, a line for each metric and bucket."""
-    lines, notes = [], []
-    for one in _read(f"{name}.json")["scores"]:
-        layers = one["dola"]["candidates"]
-        most = max(one["chosen"], key=lambda layer: one["chosen"][layer])
-        for metric in one["plain"]:
-            cells = [_pm(one[kind][metric]) for kind in ("plain", "contrasted")]
-            bucket = f"{one['dola']['layers']}, {layers[0]}-{layers[-1]}"
-            norm = one["dola"]["norm"]
-            lines.append(
-                [one["task"], str(one["items"]), metric, bucket, norm, *cells, _pm(one["gain"][metric], "+"), most]
-            )
-        notes.append(one)
-    head = ["task", "items", "metric", "layers", "norm", "plain", "DoLa", "gain, paired", "layer chosen most"]
-    versions = ", ".join(f"{key} {value}" for key, value in notes[0]["versions"].items())
-    below = f"SmolLM2-135M-Instruct, float32; ± one standard error over items; {versions}. Made by `prunus score`."
-    return "\n\n".join([_table(head, lines, right=range(5, 8)), below])
-
-
 def stationary() -> str:
     """W1 of the stationary law of an Ornstein-Uhlenbeck series to the truth, seed by seed."""
     lines = [json.loads(line) for line in FORECASTS.read_text("utf-8").splitlines()]
@@ -98,22 +78,6 @@ def stationary() -> str:
     )
 
 
-def probed(name: str) -> str:
-    """The Markov probe of a dense and a pruned model."""
-    found = _read(f"{name}.json")
-    rows = []
-    for words, one in (("dense", found["probe"]["baseline"]), (found["pruned"], found["probe"])):
-        rows.append([words, f"{one['area']:.4f} ± {one['stderr']:.4f}", f"{one['end']:.4f}", f"{one['learned']:.3f}"])
-    one = found["probe"]
-    rows.append(["counting transitions", f"{one['counting']:.4f}", "", f"{1 - one['counting'] / one['uniform']:.3f}"])
-    rows.append(["a uniform guess", f"{one['uniform']:.4f}", "", "0"])
-    below = (
-        f"{one['chains']} chains of {one['states']} states, {one['length']} steps; *end* is the last tenth. Made by "
-        f"`{found['made_by']}`."
-    )
-    return "\n\n".join([_table(["reader", "distance", "end", "learned"], rows, range(1, 4)), below])
-
-
 def _score(one: Data) -> str:
     return f"{one['acc']:.3f} ± {one['stderr']:.3f}"
 
@@ -125,10 +89,6 @@ def _norms(dense: Data, pruned: Data) -> str:
 def _versus(one: Data) -> list[str]:
     low, high = 100 * one["low"], 100 * one["high"]
     return [f"{100 * one['difference']:+.1f} ({low:+.1f} to {high:+.1f})", f"{one['p']:.3f}", one["verdict"]]
-
-
-def _pm(one: Data, sign: str = "") -> str:
-    return f"{one['mean']:{sign}.3f} ± {one['stderr']:.3f}"
 
 
 def _read(file: str) -> dict[str, Any]:

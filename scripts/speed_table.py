@@ -178,15 +178,16 @@ def dola_overhead() -> str:
     record = _read("dola_overhead.json")
     if not record:
         return _missing("benchmarks/dola_overhead.py")
-    seconds = record["seconds"]
+    seconds, lowest = record["seconds"], record["lowest"]
     line = [
         NAMES.get(record["model"], record["model"]), str(len(record["layers"])), str(record["threads"]),
         *(f"{1e3 * seconds[name]:.1f} ms" for name in ("plain", "dola")), f"{100 * record['overhead']:+.1f} %",
     ]  # fmt: skip
     head = ["model", "candidates", "threads", "plain greedy, a token", "DoLa", "overhead"]
     below = (
-        f"Median of {record['rounds']} rounds in turns, {record['tokens']} tokens each. Made by "
-        "`benchmarks/dola_overhead.py`."
+        f"Median of {record['rounds']} rounds in turns, {record['tokens']} tokens each; lowest over lowest "
+        f"{100 * (lowest['dola'] / lowest['plain'] - 1):+.1f} %, CPU time {100 * record['cpu_overhead']:+.1f} %. "
+        "Made by `benchmarks/dola_overhead.py`."
     )
     return "\n\n".join([_table(head, [line], right=range(1, 6)), below])
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import csv
 import gzip
 import io
-import json
 import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -13,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from prunus.errors import CalibrationError, RecipeError, near
+from prunus.evaluation.task_data import read_row
 
 
 @dataclass(frozen=True)
@@ -152,17 +152,7 @@ def _rows(path: Path) -> list[dict[str, Any]]:
             return list(csv.DictReader(io.StringIO(text, newline="")))
     except (OSError, ValueError, EOFError, csv.Error, zlib.error) as problem:
         raise CalibrationError(f"{path} cannot be read ({problem}); copy it again.") from problem
-    return [_object(line, path, number) for number, line in enumerate(text.split("\n"), 1) if line.strip()]
-
-
-def _object(line: str, path: Path, number: int) -> dict[str, Any]:
-    try:
-        row = json.loads(line)
-    except ValueError as problem:
-        raise CalibrationError(f"{path}, line {number} is not JSON ({problem}); mend or remove the line.") from problem
-    if not isinstance(row, dict):
-        raise CalibrationError(f"{path}, line {number} is no JSON object but {type(row).__name__}; mend the line.")
-    return row
+    return [read_row(line, path, number) for number, line in enumerate(text.split("\n"), 1) if line.strip()]
 
 
 def _sides(targets: dict[str, Any]) -> tuple[tuple[str, ...], tuple[str, ...]]:

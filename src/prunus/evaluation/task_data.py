@@ -118,7 +118,7 @@ def read_rows(path: Path, task: str) -> Rows:
     # Not splitlines(): JSON text may hold U+2028, which is no end of a line there.
     for number, line in enumerate(text.split("\n"), start=1):
         if line.strip():
-            rows.append(_row(line, path, number))
+            rows.append(read_row(line, path, number))
             lines.append(number)
             try:
                 adapted.append(adapt(rows[-1]))
@@ -130,7 +130,12 @@ def read_rows(path: Path, task: str) -> Rows:
     return Rows(path, adapted, lines, sha256(content).hexdigest())
 
 
-def _row(line: str, path: Path, number: int) -> Row:
+def read_row(line: str, path: Path, number: int) -> Row:
+    """The JSON object in line `number` of the file `path`.
+
+    Raises:
+        CalibrationError: it is none, naming file and line.
+    """
     try:
         row = json.loads(line)
     except ValueError as problem:

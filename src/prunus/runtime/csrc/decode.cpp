@@ -130,21 +130,21 @@ Status Model::prefill(const int64_t* tokens, int64_t count, float* logits, bool 
 }
 
 // Products of the same vector, block of rows by block to whoever is free. `x` is prepared again where an order changes.
-void Model::multiply(int thread, std::initializer_list<Share> shares, const float* x) {
+void Model::multiply(int thread, std::initializer_list<Linear> layers, const float* x) {
     Activations& activations = scratch_[size_t(thread)].activations;
     activations.forget();
     int64_t blocks = 0, begin, end;
-    for (const Share& share : shares) blocks += share.matrix.blocks();
+    for (const Linear& layer : layers) blocks += layer.matrix.blocks();
     while (pool_->take(blocks, begin, end)) {
-        for (const Share& share : shares) {
-            const Matrix& matrix = share.matrix;
+        for (const Linear& layer : layers) {
+            const Matrix& matrix = layer.matrix;
             const int64_t first = std::max<int64_t>(begin, 0) * BLOCK, last = std::min(end * BLOCK, matrix.rows);
             begin -= matrix.blocks();
             end -= matrix.blocks();
             if (first >= last) continue;
             activations.set(*kernels_, matrix, x);
-            kernels_->matvec(matrix, activations.input(), share.y, first, last);
-            if (share.bias) kernels_->add(share.bias + first, last - first, share.y + first);
+            kernels_->matvec(matrix, activations.input(), layer.y, first, last);
+            if (layer.bias) kernels_->add(layer.bias + first, last - first, layer.y + first);
         }
     }
 }

@@ -37,8 +37,8 @@ struct Scratch {
     Activations activations;
 };
 
-// y = matrix x + bias, of which several threads make rows.
-struct Share {
+// y = matrix x + bias.
+struct Linear {
     const Matrix& matrix;
     const float* bias;  // may be null
     float* y;
@@ -69,7 +69,7 @@ class Model {
     void attention(int thread, int64_t index);
     void head(int thread);
     void append(int thread, int64_t index);
-    void multiply(int thread, std::initializer_list<Share> shares, const float* x);
+    void multiply(int thread, std::initializer_list<Linear> layers, const float* x);
     void turn(const LayerPlan& layer, const float* norm, const float* x, float* out) const;
     float* keys(int64_t layer, int64_t head) { return cache_[size_t(layer)].as<float>() + head * cache_stride(layer); }
     float* values(int64_t layer, int64_t head) { return keys(layer, plan_.layers[layer].kv_heads + head); }

@@ -89,10 +89,9 @@ int64_t expected_bytes(const Packed& packed, const std::vector<int64_t>& kept) {
 
 void mark_rows(Matrix& matrix, const std::vector<int64_t>& bytes_per_row) {
     int64_t at = 0;
-    matrix.row_start.reserve(size_t(matrix.rows));
     for (int64_t row = 0; row < matrix.rows; row++) {
         if (row % BLOCK == 0) matrix.start.push_back(at);
-        matrix.row_start.push_back(uint32_t(at - matrix.start.back()));
+        if (matrix.quantised_input) matrix.row_start.push_back(uint32_t(at - matrix.start.back()));
         at += bytes_per_row[size_t(row)];
     }
     matrix.start.push_back(at);

@@ -58,7 +58,7 @@ struct Matrix {
     Buffer bitmap;              // uint64 [rows, chunks]
     Buffer scales;              // fp16 [blocks, groups, 16]: the scales of one group of 16 rows lie together
     std::vector<int64_t> start;     // byte of `values` where each block of 16 rows begins, and the end
-    std::vector<uint32_t> row_start;  // BMP: byte behind the start of its block where each row begins
+    std::vector<uint32_t> row_start;  // BMP with rounded input: byte behind `start` of its block where each row begins
     std::vector<Overflow> overflow;  // row after row
     std::vector<int64_t> overflow_start;  // [rows + 1], empty without overflow
     std::vector<int32_t> order;      // stored column -> column of the activation; empty = identity
