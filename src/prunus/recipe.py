@@ -410,7 +410,8 @@ def read_recipe(path: Path) -> dict[str, Any]:
 
 def dump(recipe: Recipe) -> str:
     """The recipe as YAML with every default written out; `load_recipe` reads it back to an equal recipe."""
-    return dump_yaml(recipe.resolved())
+    # A part that is written but empty would mean its defaults, see `read_recipe`.
+    return dump_yaml({key: value for key, value in recipe.resolved().items() if value is not None})
 
 
 def schema() -> dict[str, Any]:

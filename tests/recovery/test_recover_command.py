@@ -23,6 +23,7 @@ from prunus.models.gguf import SOURCE
 from prunus.recipe import RecoverPart
 from prunus.recovery import RECOVERIES
 from prunus.recovery.card import recovery_card
+from prunus.recovery.report import recover_text
 from prunus.recovery.run import collapse
 from prunus.recovery.samples import place, written
 from prunus.recovery.student import Student, loaded
@@ -227,6 +228,7 @@ def test_what_prunus_alone_loads_is_recovered_in_its_own_shapes(method: str, tmp
     out = tmp_path / "out"
     found = prunus.recover(str(folder), out, **words)
     assert found["loads"] == "prunus"
+    assert "none to keep" in recover_text(found)
     assert found["loss"]["after"] < found["loss"]["before"]
     before, after = tensors_of(folder), tensors_of(out)
     assert {name: value.shape for name, value in before.items()} == {name: value.shape for name, value in after.items()}

@@ -22,7 +22,9 @@ def recover_text(result: Result) -> str:
         "held-out": f"loss {loss['before']:.4f} before, {loss['after']:.4f} after: perplexity "
         f"{_exp(loss['before'])} → {_exp(loss['after'])}",
         "zeros": f"{zeros['after']:,} of {zeros['before']:,} are still zero ({percent(result['sparsity'])} of the "
-        f"matrices; {patterns})",
+        f"matrices; {patterns})"
+        if zeros["before"]
+        else "none to keep: no single weights were removed",
         "text": f"{text['rows']:,} sequences of {text['length']} tokens of {text['source']}",
         "training": _training(result["training"]),
         **_guard(result.get("guard")),
