@@ -16,7 +16,7 @@ from pathlib import Path
 from compare_table import compared
 from families_table import families
 from finals_table import finals
-from judging_table import stationary, tasks
+from judging_table import factual, probed, stationary, tasks
 from recovery_table import recovered, recovered_texts
 from results_table import choices, measured, methods, settings
 from speed_table import dola_overhead, frontier, greedy, pattern_cost, speed
@@ -50,6 +50,8 @@ PARTS: dict[str, Callable[..., str]] = {
     "recovered_texts": recovered_texts,
     "tasks": tasks,
     "stationary": stationary,
+    "factual": factual,
+    "probed": probed,
 }
 
 

@@ -63,6 +63,53 @@ def _harness(record: Data) -> list[str]:
     return [f"lm-eval by itself on the dense model, `{record['lm_eval_by']}`: {said}."]
 
 
+def factual(name: str) -> str:
+    """Plain and contrasted scores of true and false statements by the dense and the pruned model, the gain paired.
+
+    Args:
+        name: of the file in benchmarks/results, without `.json`: `{"scores": what score returned for each task, with
+            its baseline, "pruned_by", "judged_by"}`.
+    """
+    record = _read(f"{name}.json")
+    lines = []
+    for found in record["scores"]:
+        for words, one in (("dense", found["baseline"]), ("pruned", found)):
+            most = max(one["chosen"], key=one["chosen"].__getitem__)
+            share = one["chosen"][most] / sum(one["chosen"].values())
+            for number, metric in enumerate(one["plain"]):
+                own = [f"{found['task']}, {one['items']} items", words] if not number else ["", ""]
+                scores = [_pm(one["plain"][metric]), _pm(one["contrasted"][metric]), _pm(one["gain"][metric], "+")]
+                lines.append([*own, metric, *scores, f"{most} ({100 * share:.0f} %)" if not number else ""])
+    first = record["scores"][0]
+    layers, versions = first["dola"]["candidates"], ", ".join(f"{k} {v}" for k, v in first["versions"].items())
+    below = (
+        f"Premature layers {', '.join(map(str, layers))}, read without the last norm; float32; ± one standard error "
+        f"over items; {versions}. Pruned by `{record['pruned_by']}`, judged by `{record['judged_by']}`."
+    )
+    head = ["statements", "model", "metric", "plain", "DoLa", "gain, paired", "layer chosen most"]
+    return "\n\n".join([_table(head, lines, right=(3, 4, 5)), below])
+
+
+def probed(name: str) -> str:
+    """What a pruned model still learns of a Markov chain that it reads, beside the dense one."""
+    record = _read(f"{name}.json")
+    found = record["probe"]
+    rows = [
+        [words, *(f"{one[key]:.4f}" for key in ("area", "stderr", "end"))]
+        for words, one in (("dense", found["baseline"]), ("pruned", found))
+    ]
+    rows += [
+        [words, f"{found[key]:.4f}", "", ""]
+        for key, words in (("uniform", "a uniform guess"), ("counting", "counting"))
+    ]
+    below = (
+        f"{found['chains']} chains of {found['states']} states and {found['length']} steps, seed {found['seed']}; "
+        f"{', '.join(f'{k} {v}' for k, v in found['versions'].items())}. Pruned by `{record['pruned_by']}`."
+    )
+    head = ["", "distance to the true law", "standard error over chains", "at the end"]
+    return "\n\n".join([_table(head, rows, right=(1, 2, 3)), below])
+
+
 def stationary() -> str:
     """W1 of the stationary law of an Ornstein-Uhlenbeck series to the truth, seed by seed."""
     lines = [json.loads(line) for line in FORECASTS.read_text("utf-8").splitlines()]
@@ -89,6 +136,10 @@ def _norms(dense: Data, pruned: Data) -> str:
 def _versus(one: Data) -> list[str]:
     low, high = 100 * one["low"], 100 * one["high"]
     return [f"{100 * one['difference']:+.1f} ({low:+.1f} to {high:+.1f})", f"{one['p']:.3f}", one["verdict"]]
+
+
+def _pm(one: Data, sign: str = "") -> str:
+    return f"{one['mean']:{sign}.3f}" + ("" if one["stderr"] is None else f" ± {one['stderr']:.3f}")
 
 
 def _read(file: str) -> dict[str, Any]:
