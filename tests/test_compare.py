@@ -24,6 +24,7 @@ from prunus.comparison.grid import entries
 from prunus.comparison.row import read
 from prunus.comparison.run import plan
 from prunus.comparison.shared import Shared
+from prunus.comparison.table import dense_rows
 from prunus.errors import PrunusError, RecipeError
 from prunus.evaluation import guard
 from prunus.evaluation.guard import Collapsed, check_ratio, probe_warning
@@ -77,6 +78,8 @@ def test_files_meet_models_and_options_override_them(tmp_path: Path) -> None:
         ("--models , --sparsity 0.5", "--models is missing"),
         ("nowhere.yaml", "There is no recipe nowhere.yaml"),
         ("--max-ppl-ratio 0.5", "--max-ppl-ratio must be"),
+        ("--text none --tasks arc_easy --max-ppl-ratio 3", "leave one out"),
+        ("--text none", "nothing to measure"),
     ],
 )
 def test_a_slip_of_the_pen_is_answered_before_anything_is_made(
@@ -86,6 +89,21 @@ def test_a_slip_of_the_pen_is_answered_before_anything_is_made(
     assert main(["compare", *given, "--out", str(tmp_path / "out"), "-q"]) == 2
     assert re.search(message, capsys.readouterr().err)
     assert not (tmp_path / "out").exists()
+
+
+def test_the_dense_model_stands_above_its_rows_with_what_it_scored() -> None:
+    def line(name: str, dense: float | None, **tasks: float) -> dict[str, Any]:
+        scores = {task: {"acc": 0.5, "dense": acc} for task, acc in tasks.items()}
+        return {"model": name, "dense_perplexity": dense, "tasks": scores}
+
+    lines = [line("m", 9.0), line("m", 9.0, arc=0.25), line("m", 9.0, arc=0.25), line("n", None, arc=0.5)]
+    lines += [line("m", 9.0, arc=0.75), line("broken", None)]
+    assert dense_rows(lines, ["arc"]) == [
+        ("dense m", "", "9.00", "1.00", "0.250", ""),
+        ("dense n", "", "", "", "0.500", ""),
+        ("dense m", "", "9.00", "1.00", "0.750", ""),
+    ]
+    assert dense_rows([line("m", 1e308)], []) == [("dense m", "", "1.0e+308", "1.00", "")]
 
 
 # --- rows that run, fail and stop ----------------------------------------------------------------------------------

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from prunus.text import table, wrap
+from prunus.text import large, table, wrap
 
 Result = Mapping[str, Any]
 
@@ -25,13 +25,13 @@ def evaluate_text(result: Result) -> str:
 def perplexities(measured: Sequence[Result]) -> list[str]:
     """The table of perplexities and the lines below it; the dense model's first, if there is one."""
     result = measured[-1]
-    rows = [(str(item["model"]), f"{item['perplexity']:,.2f}", f"{item['seconds']:,.1f}") for item in measured]
+    rows = [(str(item["model"]), large(item["perplexity"]), f"{item['seconds']:,.1f}") for item in measured]
     bos = {True: ", BOS at the head of each", False: ", no BOS"}[bool(result["bos"])] if "bos" in result else ""
     windows = f"{result['windows']} windows of {result['length']} tokens of {result['text']}"
     below = [f"{windows}{bos}, {result.get('dtype', 'float32')}. Lower is better."]
     if len(measured) == 2:
         ratio = result["perplexity"] / measured[0]["perplexity"]
-        below.append(f"Perplexity is {ratio:,.3f} times the baseline's.")
+        below.append(f"Perplexity is {f'{ratio:,.3f}' if ratio < 1e6 else large(ratio)} times the baseline's.")
     return [table(("model", "perplexity", "seconds"), rows, right=(1, 2)), wrap(" ".join(below))]
 
 
