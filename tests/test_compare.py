@@ -219,6 +219,25 @@ def test_a_row_that_cannot_begin_is_on_the_page_with_its_reason(
     assert shown["bad"].status == "failed" and "nowhere.txt" in shown["bad"].why
 
 
+def test_a_fault_with_one_dense_model_costs_its_own_rows_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    shutil.copytree(MODEL, tmp_path / "other")
+    module = import_module("prunus.comparison.run")
+
+    def ask(recipe: Recipe, *_: Any) -> None:
+        if Path(recipe.model).name == "other":
+            raise RuntimeError("out of memory")
+
+    monkeypatch.setattr(module, "ask_dense", ask)
+    monkeypatch.setattr(
+        module, "make", lambda order, *_: {"name": order.name, "recipe": dict(order.recipe), "status": "done"}
+    )
+    result = prunus.compare(models=[tmp_path / "other", MODEL], out=tmp_path / "out", method="magnitude", **SMALL)
+    rows = {row["name"]: row for row in result["rows"]}
+    assert result["counts"] == {"done": 1, "collapsed": 0, "failed": 1} and rows["stories260k"]["status"] == "done"
+    assert rows["other"]["why"] == "a fault of prunus, see dense/error.txt: RuntimeError: out of memory"
+    assert "in ask" in (tmp_path / "out" / "dense" / "error.txt").read_text("utf-8")
+
+
 def test_a_folder_that_is_no_comparison_is_left_alone(tmp_path: Path) -> None:
     (tmp_path / "notes.txt").write_text("mine")
     with pytest.raises(RecipeError, match="holds files but no comparison"):

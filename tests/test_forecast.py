@@ -105,6 +105,9 @@ def test_other_broken_logs(tmp_path: Path, values: list[float]) -> None:
     (tmp_path / "f.jsonl").write_text('{"a": 1}\n{"a": \n', "utf-8")
     with pytest.raises(FormatError, match="line 2"):
         read_series(tmp_path / "f.jsonl")
+    (tmp_path / "g.json").write_text('[{"a": 1}, {"a": 2}]', "utf-8")
+    with pytest.raises(FormatError, match="one object a line"):
+        read_series(tmp_path / "g.json")
     with pytest.raises(FormatError, match="cannot be read"):
         read_series(tmp_path / "none.csv")
 
