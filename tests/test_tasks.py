@@ -22,6 +22,7 @@ from prunus.evaluation.task_data import fingerprint, read_rows
 from prunus.evaluation.tasks import Suite, _defined, _manager, _scores, summary
 from prunus.recipe import EvaluatePart
 from prunus.recipe_options import EVALUATE_PLACES, from_options
+from prunus.runtime.native import available
 
 MODEL = Path(__file__).parent / "assets" / "stories260k"
 SHARED = Path(__file__).parents[2] / "shared" / "data"  # beside the checkout where there is one
@@ -246,6 +247,20 @@ def test_a_model_beside_itself_is_the_same_and_the_baseline_has_every_score(aske
     assert asked["asked"]["files"]["arc_easy"]["sha256"]
     assert "perplexity" not in asked
     assert json.loads(json.dumps(asked)) == asked
+
+
+@pytest.mark.skipif(available() is None, reason="no compiled kernels here")
+def test_the_packed_engine_answers_what_the_model_does(asked: dict[str, Any], folder: Path) -> None:
+    from prunus.evaluation.perplexity import evaluate
+    from prunus.evaluation_text import evaluate_text
+
+    found = evaluate(
+        MODEL, engine="packed", baseline="none", text="none", tasks=["arc_easy"], task_data=folder, limit=7
+    )
+    ours, theirs = found["tasks"]["arc_easy"], asked["tasks"]["arc_easy"]
+    assert [ours[key] for key in ("acc", "acc_norm", "items")] == [theirs[key] for key in ("acc", "acc_norm", "items")]
+    assert "stories260k by the packed engine" in evaluate_text(found)
+    assert "engine" not in evaluate_text(asked)
 
 
 def test_the_text_shows_both_and_says_what_is_noise(asked: dict[str, Any]) -> None:
