@@ -311,6 +311,11 @@ def test_d13_what_a_model_does_behind_its_head_is_done_to_every_layer(kind: str)
         streams.states[3] = streams.states[4]
         hidden = streams.premature()[1]
     assert torch.allclose(hidden, model.get_decoder()(ids).last_hidden_state[:, -1:], atol=1e-5)
+    # Read as a candidate, the last stream has the model's own logits: cap, scale and projection are those of `forward`.
+    with Streams(found, [1, 4], norm="final"), torch.no_grad():
+        both = model(ids).logits[:, -1]
+    assert both.shape[0] == 3 and torch.allclose(both[2:], wanted, atol=1e-5)
+    assert not both[1].equal(both[2])
     if kind == "soft cap":
         assert rows.abs().max() <= 0.5
     output = made(model, {"input_ids": ids}, Dola((1, 2)))
