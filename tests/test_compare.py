@@ -24,6 +24,7 @@ from prunus.comparison.grid import entries
 from prunus.comparison.row import read
 from prunus.comparison.run import plan
 from prunus.comparison.shared import Shared
+from prunus.comparison.table import dense_rows
 from prunus.errors import PrunusError, RecipeError
 from prunus.evaluation import guard
 from prunus.evaluation.guard import Collapsed, check_ratio, probe_warning
@@ -77,6 +78,8 @@ def test_files_meet_models_and_options_override_them(tmp_path: Path) -> None:
         ("--models , --sparsity 0.5", "--models is missing"),
         ("nowhere.yaml", "There is no recipe nowhere.yaml"),
         ("--max-ppl-ratio 0.5", "--max-ppl-ratio must be"),
+        ("--text none --tasks arc_easy --max-ppl-ratio 3", "leave one out"),
+        ("--text none", "nothing to measure"),
     ],
 )
 def test_a_slip_of_the_pen_is_answered_before_anything_is_made(
@@ -86,6 +89,21 @@ def test_a_slip_of_the_pen_is_answered_before_anything_is_made(
     assert main(["compare", *given, "--out", str(tmp_path / "out"), "-q"]) == 2
     assert re.search(message, capsys.readouterr().err)
     assert not (tmp_path / "out").exists()
+
+
+def test_the_dense_model_stands_above_its_rows_with_what_it_scored() -> None:
+    def line(name: str, dense: float | None, **tasks: float) -> dict[str, Any]:
+        scores = {task: {"acc": 0.5, "dense": acc} for task, acc in tasks.items()}
+        return {"model": name, "dense_perplexity": dense, "tasks": scores}
+
+    lines = [line("m", 9.0), line("m", 9.0, arc=0.25), line("m", 9.0, arc=0.25), line("n", None, arc=0.5)]
+    lines += [line("m", 9.0, arc=0.75), line("broken", None)]
+    assert dense_rows(lines, ["arc"]) == [
+        ("dense m", "", "9.00", "1.00", "0.250", ""),
+        ("dense n", "", "", "", "0.500", ""),
+        ("dense m", "", "9.00", "1.00", "0.750", ""),
+    ]
+    assert dense_rows([line("m", 1e308)], []) == [("dense m", "", "1.0e+308", "1.00", "")]
 
 
 # --- rows that run, fail and stop ----------------------------------------------------------------------------------
@@ -199,6 +217,25 @@ def test_a_row_that_cannot_begin_is_on_the_page_with_its_reason(
     # The rows of the earlier call are no longer asked for; the failed one has no folder and is there all the same.
     assert set(shown) == {"good", "bad"} and shown["good"].status == "done"
     assert shown["bad"].status == "failed" and "nowhere.txt" in shown["bad"].why
+
+
+def test_a_fault_with_one_dense_model_costs_its_own_rows_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    shutil.copytree(MODEL, tmp_path / "other")
+    module = import_module("prunus.comparison.run")
+
+    def ask(recipe: Recipe, *_: Any) -> None:
+        if Path(recipe.model).name == "other":
+            raise RuntimeError("out of memory")
+
+    monkeypatch.setattr(module, "ask_dense", ask)
+    monkeypatch.setattr(
+        module, "make", lambda order, *_: {"name": order.name, "recipe": dict(order.recipe), "status": "done"}
+    )
+    result = prunus.compare(models=[tmp_path / "other", MODEL], out=tmp_path / "out", method="magnitude", **SMALL)
+    rows = {row["name"]: row for row in result["rows"]}
+    assert result["counts"] == {"done": 1, "collapsed": 0, "failed": 1} and rows["stories260k"]["status"] == "done"
+    assert rows["other"]["why"] == "a fault of prunus, see dense/error.txt: RuntimeError: out of memory"
+    assert "in ask" in (tmp_path / "out" / "dense" / "error.txt").read_text("utf-8")
 
 
 def test_a_folder_that_is_no_comparison_is_left_alone(tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from prunus.cli import main
-from prunus.errors import CalibrationError, RecipeError
+from prunus.errors import CalibrationError, PrunusError, RecipeError
 from prunus.evaluation.factual import judge, metrics
 from prunus.evaluation.factual_data import Item, read_items
 
@@ -116,6 +116,35 @@ def test_the_command_sets_models_and_scores_side_by_side(data: Path, capsys: pyt
     assert "DoLa" in capsys.readouterr().out
 
 
+def test_the_published_layers_are_the_default_of_each_task(data: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for task, layers in (("truthfulqa", "high"), ("factor_news", "low")):
+        assert judge(MODEL, task, data, preamble="")["dola"]["layers"] == layers
+        words = ["score", str(MODEL), "--task", task, "--task-data", str(data), "--dola-norm", "final", "--json", "-q"]
+        assert main(words) == 0
+        assert json.loads(capsys.readouterr().out)["dola"]["layers"] == layers
+    assert main(["score", str(MODEL), "--task", "factor", "--task-data", str(data)]) == 2
+    assert "Did you mean 'factor_news'" in capsys.readouterr().err
+
+
+def test_a_model_that_is_missing_is_named_before_the_other_is_scored(
+    data: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def load(*_: Any, **__: Any) -> Any:
+        raise AssertionError("the baseline was loaded first")
+
+    monkeypatch.setattr("prunus.evaluation.factual.load_model", load)
+    with pytest.raises(PrunusError, match="nowhere"):
+        judge(data / "nowhere", "truthfulqa", data, baseline=MODEL)
+
+
+def test_layers_outside_the_model_are_refused(data: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["score", str(MODEL), "--task", "factor_news", "--task-data", str(data), "--dola", "5", "-q"]) == 2
+    assert "DoLa's layer 5 is outside the model: premature layers are 0" in capsys.readouterr().err
+    assert main(["generate", str(MODEL), "--prompt", "Once", "--dola", "1,7"]) == 2
+    said = capsys.readouterr()
+    assert "DoLa's layer 7 is outside the model" in said.err and said.out == ""
+
+
 def test_what_is_wrong_is_named(data: Path, tmp_path: Path) -> None:
     with pytest.raises(RecipeError, match="Did you mean 'truthfulqa'"):
         read_items("truthfulq", data)
@@ -124,6 +153,12 @@ def test_what_is_wrong_is_named(data: Path, tmp_path: Path) -> None:
     (tmp_path / "factor_expert.jsonl").write_text('{"full_prefix": "a"}\n', "utf-8")
     with pytest.raises(CalibrationError, match="row 1, is no item of factor_expert: it has no 'contradiction_0'"):
         read_items("factor_expert", tmp_path)
+    lone = {**TRUTHFUL, "mc1_targets": {"choices": ["She liked to play."], "labels": [1]}}
+    (tmp_path / "truthfulqa_mc.jsonl").write_text(json.dumps(lone) + "\n", "utf-8")
+    (tmp_path / "truthfulqa_mc.validation.jsonl").unlink()
+    with pytest.raises(CalibrationError, match="row 1, has no true or no false statement"):
+        read_items("truthfulqa", tmp_path)
+    (tmp_path / "truthfulqa_mc.jsonl").write_text(json.dumps(TRUTHFUL) + "\n", "utf-8")
     for content, said in (("\n{\n", "line 2 is not JSON"), ("[1]\n", "line 1 is no JSON object but list")):
         (tmp_path / "factor_expert.jsonl").write_text(content, "utf-8")
         with pytest.raises(CalibrationError, match=said):

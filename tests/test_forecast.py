@@ -11,7 +11,7 @@ import pytest
 
 from prunus.cli import main
 from prunus.errors import FormatError, ModelError, PrunusError
-from prunus.forecasting.forecast import Options
+from prunus.forecasting.forecast import Options, forecast
 from prunus.forecasting.serial import probe_number_tokenizer
 from prunus.forecasting.series import read_series
 
@@ -105,8 +105,29 @@ def test_other_broken_logs(tmp_path: Path, values: list[float]) -> None:
     (tmp_path / "f.jsonl").write_text('{"a": 1}\n{"a": \n', "utf-8")
     with pytest.raises(FormatError, match="line 2"):
         read_series(tmp_path / "f.jsonl")
+    (tmp_path / "g.json").write_text('[{"a": 1}, {"a": 2}]', "utf-8")
+    with pytest.raises(FormatError, match="one object a line"):
+        read_series(tmp_path / "g.json")
     with pytest.raises(FormatError, match="cannot be read"):
         read_series(tmp_path / "none.csv")
+
+
+def test_what_is_read_of_a_log_may_not_stand_still(tmp_path: Path, values: list[float]) -> None:
+    log = write(tmp_path / "log.csv", [*values, *[2.0] * 40])
+    with pytest.raises(FormatError, match="The 40 values to read are all 2; "):
+        forecast(log, MODEL, options=Options(points=40))
+    log = write(tmp_path / "log.csv", [*[2.0] * 60, *values[:20]])
+    with pytest.raises(FormatError, match="The 60 values to read are all 2; "):
+        forecast(log, MODEL)
+
+
+def test_fewer_values_than_the_log_has_are_no_fault_of_the_model(tmp_path: Path, values: list[float]) -> None:
+    log = write(tmp_path / "log.csv", values)
+    result = forecast(log, MODEL, options=Options(points=40, digits=1, within=0.01))
+    assert result["read"] == 40 and "as were asked for" in result["warnings"][0]
+    # A tenth of the states is no finer than 1/7 of the range, so what is promised is no finer either.
+    read = np.array(values[-40:])
+    assert result["arrival"]["within"] == pytest.approx(0.51 * (read.max() - read.min()) / 7)
 
 
 @pytest.mark.parametrize(

@@ -6,6 +6,7 @@ import gzip
 import itertools
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -18,8 +19,10 @@ from prunus.errors import CalibrationError, RecipeError
 from prunus.evaluation.paired import mcnemar, resampled_means, verdict, versus, versus_group
 from prunus.evaluation.perplexity import known_dense
 from prunus.evaluation.task_data import fingerprint, read_rows
-from prunus.evaluation.tasks import _scores
+from prunus.evaluation.tasks import Suite, _defined, _manager, _scores, summary
 from prunus.recipe import EvaluatePart
+from prunus.recipe_options import EVALUATE_PLACES, from_options
+from prunus.runtime.native import available
 
 MODEL = Path(__file__).parent / "assets" / "stories260k"
 SHARED = Path(__file__).parents[2] / "shared" / "data"  # beside the checkout where there is one
@@ -246,6 +249,20 @@ def test_a_model_beside_itself_is_the_same_and_the_baseline_has_every_score(aske
     assert json.loads(json.dumps(asked)) == asked
 
 
+@pytest.mark.skipif(available() is None, reason="no compiled kernels here")
+def test_the_packed_engine_answers_what_the_model_does(asked: dict[str, Any], folder: Path) -> None:
+    from prunus.evaluation.perplexity import evaluate
+    from prunus.evaluation_text import evaluate_text
+
+    found = evaluate(
+        MODEL, engine="packed", baseline="none", text="none", tasks=["arc_easy"], task_data=folder, limit=7
+    )
+    ours, theirs = found["tasks"]["arc_easy"], asked["tasks"]["arc_easy"]
+    assert [ours[key] for key in ("acc", "acc_norm", "items")] == [theirs[key] for key in ("acc", "acc_norm", "items")]
+    assert "stories260k by the packed engine" in evaluate_text(found)
+    assert "engine" not in evaluate_text(asked)
+
+
 def test_the_text_shows_both_and_says_what_is_noise(asked: dict[str, Any]) -> None:
     from prunus.evaluation_text import evaluate_text
 
@@ -276,6 +293,71 @@ def test_the_seven_tasks_of_owl_are_lm_evals_on_the_published_items() -> None:
         assert ours["tasks"][name]["acc_norm"] == there.get("acc_norm,none"), name
         accuracies.append(there["acc,none"])
     assert ours["groups"]["owl7"]["acc"] == pytest.approx(sum(accuracies) / 7, abs=1e-15)
+
+
+def test_names_are_found_however_a_definition_writes_them(tmp_path: Path) -> None:
+    (tmp_path / "one").mkdir()
+    (tmp_path / "one" / "a.yaml").write_text('"task": "quoted"\n"tag":\n- listed\n- also.listed\noutput: x\n')
+    (tmp_path / "one" / "b.yaml").write_text("group: whole\ntask:\n  - quoted\n  - plain # comment\n")
+    (tmp_path / "two").mkdir()
+    (tmp_path / "two" / "c.yaml").write_text("task: plain  # a comment\ntag: across\n")
+    (tmp_path / "two" / "_default_yaml").write_text("tag: [flow, across]\n")
+    single, several = _defined(SimpleNamespace(folder=tmp_path))
+    assert single == {"quoted": tmp_path / "one", "plain": tmp_path / "two"}
+    assert {"listed", "also.listed", "whole", "across", "flow"} <= several and "plain" not in several
+
+
+def test_a_tag_is_looked_up_in_all_definitions_and_single_tasks_in_their_own_folders() -> None:
+    class Manager:
+        def __init__(self, **how: Any) -> None:
+            self.how, self.task_index = how, {"glue": 0, "cola": 0}
+
+    harness, single = SimpleNamespace(TaskManager=Manager), {"cola": Path("a"), "rte": Path("b")}
+    assert _manager(harness, ["rte", "cola"], single).how == {"include_defaults": False, "include_path": ["a", "b"]}
+    assert _manager(harness, ["cola", "glue"], single).how == {}
+    with pytest.raises(RecipeError, match=r"no task 'glu'.* Did you mean 'glue'"):
+        _manager(harness, ["glu"], single)
+
+
+def test_every_task_of_lm_eval_is_known_by_its_name() -> None:
+    harness = pytest.importorskip("prunus.evaluation.tasks")._harness()
+    single, several = _defined(harness)
+    assert {"mmlu_abstract_algebra", "cola", "arc_easy"} <= single.keys()
+    assert {"glue", "mmlu", "super-glue-lm-eval-v1"} <= several and "glue" not in single
+
+
+def test_the_error_of_a_group_is_known_only_where_that_of_its_tasks_is() -> None:
+    suite = Suite({}, {"both": ("a", "b")}, {}, 1, 1)
+    one = {"acc": 0.5, "stderr": 0.3, "higher_is_better": True, "scores": [0.5]}
+    found = summary(suite, {"a": one, "b": {**one, "stderr": 0.4}})
+    assert found["groups"]["both"]["stderr"] == pytest.approx(0.25)
+    assert summary(suite, {"a": one, "b": {**one, "stderr": None}})["groups"]["both"]["stderr"] is None
+
+
+def test_options_of_tasks_or_of_a_text_are_refused_where_there_is_none() -> None:
+    for wrong, words in (
+        ({"batch": 4}, "batch is about benchmark tasks"),
+        ({"limit": 4}, "limit is about benchmark tasks"),
+        ({"text": "none"}, "nothing to measure"),
+        ({"text": "none", "tasks": ["a"], "windows": 3}, "leave windows out"),
+    ):
+        with pytest.raises(RecipeError, match=words):
+            from_options({"model": "m", **wrong}, places=EVALUATE_PLACES)
+
+
+def test_items_that_the_hub_does_not_give_are_asked_for(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    datasets = pytest.importorskip("datasets")
+
+    def load_dataset(*_: Any, **__: Any) -> Any:
+        raise ConnectionError("no network here")
+
+    pytest.importorskip("lm_eval")
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    assert main(["evaluate", str(MODEL), "--text", "none", "--tasks", "arc_easy", "-q"]) == 2
+    said = capsys.readouterr().err
+    assert "The items of arc_easy cannot be had from the hub (no network here)" in said and "--task-data" in said
 
 
 # --- refusals ------------------------------------------------------------------------------------------------------

@@ -13,8 +13,10 @@ from browser import CHROMIUM, browser
 from prunus.cli import main
 from prunus.errors import RecipeError
 from prunus.webpage.gather import gather
-from prunus.webpage.parts import best_runs
-from prunus.webpage.write import lead, page, write_page
+from prunus.webpage.parts import best_runs, overview, provenance, spoken, tasks
+from prunus.webpage.plots import PLOTS
+from prunus.webpage.render import svg
+from prunus.webpage.write import lead, page, task_note, write_page
 
 pytest.importorskip("matplotlib")
 
@@ -144,6 +146,52 @@ def test_of_two_models_each_has_its_own_best_and_its_own_dense_row(comparison: P
     assert "by ria-0.5 on tiny (1)." in lead(runs)
 
 
+def test_of_two_models_each_task_has_both_dense_scores_and_other_items_are_told(
+    comparison: Path, tmp_path: Path
+) -> None:
+    one = row("wanda-0.5", "wanda", 0.5, 12.0)
+    one["recipe"]["model"] = "/elsewhere/other"
+    one["evaluate"]["baseline"]["tasks"]["arc_easy"] = score(0.777)
+    one["evaluate"]["asked"] = {"limit": 7, "lm_eval": "0.4"}
+    (tmp_path / "runs" / "wanda-0.5").mkdir(parents=True)
+    (tmp_path / "runs" / "wanda-0.5" / "result.json").write_text(json.dumps(one))
+    (tmp_path / "comparison.json").write_text(json.dumps({"rows": [{"name": "wanda-0.5"}]}))
+    runs = gather([comparison, tmp_path])
+    table = tasks(runs)
+    assert table.count("dense tiny</td>") == table.count("dense other</td>") == 1 and "0.777" in table
+    assert "dense</td>" in tasks(gather([comparison]))
+    assert "The first 100 items of each" in task_note(gather([comparison]))
+    assert "Different numbers of items" in task_note(runs)
+    plot = svg(next(plot for plot in PLOTS if plot.name == "tasks"), runs, narrow=False)
+    assert "dense tiny" in plot and "dense other" in plot
+
+
+def test_of_a_path_in_a_reason_only_the_last_part_is_shown(tmp_path: Path) -> None:
+    sentence = 'There is no text "/home/somebody/books/one.txt" (see https://example.org/a/b), 2/3 of org/name'
+    assert spoken(sentence) == 'There is no text "one.txt" (see https://example.org/a/b), 2/3 of org/name'
+    assert spoken("~/a/b, ../up/c and /d/e/.hidden/f hold") == "b, c and f hold"
+    one = row("r", "wanda", 0.5, 12.0, status="collapsed", why="Its work waits in /home/somebody/work.")
+    one["recipe"]["evaluate"] = {"text": "~/secret/book.txt", "tasks": ["a", "/home/somebody/t.yaml"]}
+    (tmp_path / "runs" / "r").mkdir(parents=True)
+    (tmp_path / "runs" / "r" / "result.json").write_text(json.dumps(one))
+    (tmp_path / "comparison.json").write_text(json.dumps({"rows": [{"name": "r"}]}))
+    (run,) = gather([tmp_path])
+    shown = overview([run]) + provenance(run)
+    assert "somebody" not in shown and "secret" not in shown and "book.txt" in shown
+    assert shown.count("waits in work.") == 2
+
+
+def test_a_perplexity_without_bounds_is_drawn_and_written(tmp_path: Path) -> None:
+    for name, perplexity in (("good", 12.0), ("endless", 1e308)):
+        place = tmp_path / "runs" / name
+        place.mkdir(parents=True)
+        (place / "result.json").write_text(json.dumps(row(name, "wanda", 0.5 if name == "good" else 0.9, perplexity)))
+    (tmp_path / "comparison.json").write_text(json.dumps({"rows": [{"name": "good"}, {"name": "endless"}]}))
+    runs = gather([tmp_path])
+    assert "1.0e+308" in overview(runs)
+    assert "e+" in svg(PLOTS[0], runs, narrow=False)
+
+
 def test_what_collapsed_or_ties_is_no_best_and_other_windows_do_not_compare(tmp_path: Path) -> None:
     def best(*rows: dict[str, Any]) -> list[str]:
         place = tmp_path / str(len(list(tmp_path.iterdir())))
@@ -235,6 +283,10 @@ def test_what_was_cut_off_stays_removed_behind_recoveries(tmp_path: Path) -> Non
 def test_a_folder_without_a_run_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(RecipeError, match=r"neither prunus\.json nor comparison\.json"):
         gather([tmp_path])
+    (tmp_path / "comparison.json").write_text('{"rows": [{}]}')
+    with pytest.raises(RecipeError, match="did not write"):
+        gather([tmp_path])
+    (tmp_path / "comparison.json").unlink()
     (tmp_path / "prunus.json").write_text("{")
     assert main(["report", str(tmp_path), "-q"]) == 2
     assert "cannot be read as JSON" in capsys.readouterr().err

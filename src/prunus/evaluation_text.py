@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
-from prunus.text import table, wrap
+from prunus.text import large, table, wrap
 
 Result = Mapping[str, Any]
 
@@ -25,14 +26,20 @@ def evaluate_text(result: Result) -> str:
 def perplexities(measured: Sequence[Result]) -> list[str]:
     """The table of perplexities and the lines below it; the dense model's first, if there is one."""
     result = measured[-1]
-    rows = [(str(item["model"]), f"{item['perplexity']:,.2f}", f"{item['seconds']:,.1f}") for item in measured]
+    rows = [(str(item["model"]), large(item["perplexity"]), f"{item['seconds']:,.1f}") for item in measured]
     bos = {True: ", BOS at the head of each", False: ", no BOS"}[bool(result["bos"])] if "bos" in result else ""
     windows = f"{result['windows']} windows of {result['length']} tokens of {result['text']}"
-    below = [f"{windows}{bos}, {result.get('dtype', 'float32')}. Lower is better."]
+    below = [f"{windows}{bos}, {result.get('dtype', 'float32')}{engine(result)}. Lower is better."]
     if len(measured) == 2:
         ratio = result["perplexity"] / measured[0]["perplexity"]
-        below.append(f"Perplexity is {ratio:,.3f} times the baseline's.")
+        below.append(f"Perplexity is {f'{ratio:,.3f}' if ratio < 1e6 else large(ratio)} times the baseline's.")
     return [table(("model", "perplexity", "seconds"), rows, right=(1, 2)), wrap(" ".join(below))]
+
+
+def engine(result: Result) -> str:
+    """What computed the model, where that is not what computed its baseline."""
+    name = result.get("engine", "transformers")
+    return "" if name == "transformers" else f", {Path(str(result['model'])).name} by the {name} engine"
 
 
 def scores(result: Result) -> list[str]:
@@ -45,7 +52,7 @@ def scores(result: Result) -> list[str]:
     ]
     asked = result["asked"]
     how_many = "all items" if asked["limit"] is None else f"the first {asked['limit']} items of each"
-    below = f"{how_many}, lm-eval {asked['lm_eval']}; ± one standard error"
+    below = f"{how_many}, lm-eval {asked['lm_eval']}{engine(result)}; ± one standard error"
     if not dense:
         return [table(("task", "items", "acc", "acc_norm"), [line[:2] + line[3:5] for line in rows]), wrap(f"{below}.")]
     below += (

@@ -311,7 +311,8 @@ class EvaluatePart(_Part):
 
     @model_validator(mode="after")
     def _tasks_have_limits(self) -> EvaluatePart:
-        idle = [name for name in ("limit", "task_data") if getattr(self, name) is not None and not self.tasks]
+        given = {"limit": self.limit is not None, "task_data": self.task_data is not None, "batch": self.batch != 1}
+        idle = [name for name in given if given[name] and not self.tasks]
         if idle:
             raise PydanticCustomError(
                 "sentence",
@@ -319,6 +320,16 @@ class EvaluatePart(_Part):
                 "limits how much is read",
                 {"name": idle[0]},
             )
+        return self
+
+    @model_validator(mode="after")
+    def _something_is_measured(self) -> EvaluatePart:
+        if self.text == "none" and not self.tasks:
+            raise PydanticCustomError(
+                "sentence", "With the text 'none' there is nothing to measure; name tasks, or a text"
+            )
+        if self.text == "none" and self.windows is not None:
+            raise PydanticCustomError("sentence", "With the text 'none' there are no windows; leave windows out")
         return self
 
     def asked(self) -> dict[str, Any]:

@@ -21,6 +21,11 @@ def bytes_text(count: float) -> str:
     return f"{count:.1f} TB"
 
 
+def large(value: float) -> str:
+    """`1234.5` -> `1,234.50`; from a million on in powers of ten."""
+    return f"{value:,.2f}" if abs(value) < 1e6 else f"{value:.1e}"
+
+
 def width() -> int:
     """Columns to write in: those of the terminal, between 60 and 120; 80 where there is none."""
     return min(120, max(60, shutil.get_terminal_size((80, 24)).columns))

@@ -27,7 +27,7 @@ import prunus
 from prunus.decoding.dola.contrast import contrast, exchanged, jensen_shannon, next_scores, plausible
 from prunus.decoding.dola.generate import DolaOutput, dola_generate, dola_steps
 from prunus.decoding.dola.options import Dola, bucket, parse_layers
-from prunus.decoding.dola.score import Scoring, encode, score
+from prunus.decoding.dola.score import Scoring, _pick, encode, score
 from prunus.decoding.dola.states import Layers, Streams, turn
 from prunus.decoding.loop import plain
 from prunus.errors import ModelError, RecipeError
@@ -199,6 +199,29 @@ def test_d8_post_softmax_and_the_value_of_the_implausible(model: Any, tokenizer:
     assert free.contrasted < 0
 
 
+@pytest.mark.parametrize("post_softmax", [False, True])
+def test_d8_a_token_scores_by_its_formula_in_plain_loops(post_softmax: bool) -> None:
+    # The softmax is over all tokens, before the implausible ones are marked.
+    mature, premature, tokens = noise(6, 9), noise(1, 6, 9, seed=1), [0, 3, 8, 2, 5, 7]
+    how = Dola((1,), relative_top=0.1)
+    _, found, _ = _pick(torch.cat([mature[None], premature]), torch.tensor(tokens), how, Scoring(post_softmax))
+    marked = 0
+    for row, token in enumerate(tokens):
+        total = [sum(math.exp(value) for value in one[row].tolist()) for one in (mature, premature[0])]
+        log_p, log_q = (
+            [value - math.log(own) for value in one[row].tolist()]
+            for one, own in zip((mature, premature[0]), total, strict=True)
+        )
+        scores = [one - other for one, other in zip(log_p, log_q, strict=True)]
+        if post_softmax:
+            whole = math.log(sum(math.exp(score) for score in scores))
+            scores = [score - whole for score in scores]
+        wanted = scores[token] if log_p[token] >= max(log_p) + math.log(0.1) else -1000.0
+        marked += wanted == -1000.0
+        assert float(found[row]) == pytest.approx(wanted, abs=1e-5)
+    assert 0 < marked < len(tokens)
+
+
 def test_d8_a_seam_inside_a_token_counts_to_the_continuation(tokenizer: Any) -> None:
     ids, start = encode(tokenizer, "Once upon a ti", "me")
     assert "me" in tokenizer.decode(ids[start:])
@@ -231,8 +254,9 @@ def test_d10_a_model_with_dropped_blocks_is_read_like_one_built_so(model: Any, t
     skipped = copy.deepcopy(model)
     skipped.model.layers[2].forward = lambda hidden_states, *args, **kwargs: hidden_states
     assert made(skipped, batch, Dola((1, 2, 4)), use_cache=False).sequences.equal(here.sequences)
-    with pytest.raises(RecipeError, match="surviving"):
-        made(dropped, batch, Dola((1,), surviving=(0, 1)))
+    for wrong in ((0, 1), (), (3, 1, 4, 0)):
+        with pytest.raises(RecipeError, match="surviving"):
+            made(dropped, batch, Dola((1,), surviving=wrong))
 
 
 def test_d11_and_d12_through_generate_offline(model: Any, tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -246,6 +270,14 @@ def test_d11_and_d12_through_generate_offline(model: Any, tokenizer: Any, monkey
     by_name = model.generate(**batch, **options, custom_generate=prunus.dola_generate, dola_layers="low")
     by_number = model.generate(**batch, **options, custom_generate=prunus.dola_generate, dola_layers=[2])
     assert by_name.equal(by_number) and by_name.shape[1] == batch["input_ids"].shape[1] + 8
+    # Of this model "low" is layer 2 alone, so only other layers show that what was asked is what is used.
+    for layers, wanted in (("low", {2}), ([1], {1}), ("high", {2, 4}), (None, {2})):
+        asked = {} if layers is None else {"dola_layers": layers}
+        output = model.generate(
+            **batch, **options, **asked, custom_generate=prunus.dola_generate, return_dict_in_generate=True
+        )
+        used = set(output.premature_layers.flatten().tolist())
+        assert used <= wanted and (len(wanted) > 1 or used == wanted), layers
 
 
 def tiny(kind: str) -> Any:
@@ -279,6 +311,11 @@ def test_d13_what_a_model_does_behind_its_head_is_done_to_every_layer(kind: str)
         streams.states[3] = streams.states[4]
         hidden = streams.premature()[1]
     assert torch.allclose(hidden, model.get_decoder()(ids).last_hidden_state[:, -1:], atol=1e-5)
+    # Read as a candidate, the last stream has the model's own logits: cap, scale and projection are those of `forward`.
+    with Streams(found, [1, 4], norm="final"), torch.no_grad():
+        both = model(ids).logits[:, -1]
+    assert both.shape[0] == 3 and torch.allclose(both[2:], wanted, atol=1e-5)
+    assert not both[1].equal(both[2])
     if kind == "soft cap":
         assert rows.abs().max() <= 0.5
     output = made(model, {"input_ids": ids}, Dola((1, 2)))
@@ -299,7 +336,7 @@ def test_what_cannot_be_contrasted_is_refused(model: Any, tokenizer: Any) -> Non
         made(model, batch, Dola((5,)))
     with pytest.raises(RecipeError, match="num_beams"):
         made(model, batch, Dola(), num_beams=2)
-    for wrong in ("middle", "3-1", "", "1,,2"):
+    for wrong in ("middle", "3-1", "", "1,,2", "1,3-2", "0-99999999999"):
         with pytest.raises(RecipeError):
             parse_layers(wrong)
     assert parse_layers("2-8:3, 1") == (2, 5, 8, 1)

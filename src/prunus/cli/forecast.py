@@ -14,7 +14,7 @@ from prunus.cli.session import show, working
 EXAMPLES = {
     "forecast": """
 prunus forecast recovery.csv --model smollm2
-prunus forecast recovery.jsonl --column heldout --model out --json
+prunus forecast out/recovery.jsonl --column loss --model out --json
 """
 }
 

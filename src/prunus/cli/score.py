@@ -39,7 +39,10 @@ SCORE = {
     ),
     "limit": option("--limit N", WHAT, "Only the first N items, at least 1. Default: all."),
     "dola": option(
-        "--dola LAYERS", WHAT, "Premature layers: low, high, or numbers such as 16,18 or 16-30:2. Default: high."
+        "--dola LAYERS",
+        WHAT,
+        "Premature layers: low, high, or numbers such as 16,18 or 16-30:2. Default: as published, high for TruthfulQA "
+        "and low for FACTOR.",
     ),
     "dola_norm": option(
         "--dola-norm NORM",
@@ -73,10 +76,11 @@ def score(
         from prunus.cli.numbers import numbers
         from prunus.decoding.dola.options import Dola, parse_layers
         from prunus.errors import CalibrationError
+        from prunus.evaluation.factual_data import source
 
         given = {name: value for name, value in options.items() if value is not None}
         how = Dola(
-            layers=parse_layers(given.pop("dola", "high")),
+            layers=parse_layers(given.pop("dola", source(task).layers)),
             norm=given.pop("dola_norm", "none"),
             compat=given.pop("compat", "exact"),
         )

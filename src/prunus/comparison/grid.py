@@ -69,6 +69,11 @@ def entries(
                 made.build()
                 if made.recover is not None:
                     raise RecipeError(f"{file}: a comparison does not recover yet; take `recover` out of the recipe.")
+                judged = made.evaluate
+                if judged is not None and judged.max_ppl_ratio is not None and judged.text == "none":
+                    raise RecipeError(
+                        "With the text 'none' no perplexity is measured that --max-ppl-ratio could stop; leave one out."
+                    )
                 words = [Path(file).stem] if file is not None and (len(files) > 1 or not axes) else []
                 words += [Path(model).name] if model is not None and len(models) > 1 else []
                 words += [

@@ -63,14 +63,20 @@ def make(order: Order, shared: Shared, progress: Progress) -> dict[str, Any]:
         row |= work(order, folder, shared, progress)
     except PrunusError as refusal:
         row |= {"status": "failed", "why": str(refusal)}
-    except Exception as fault:  # one row's fault must not cost the others
-        (folder / "error.txt").write_text(traceback.format_exc(), "utf-8")
-        text = " ".join(str(fault).split())[:300]
-        row |= {"status": "failed", "why": f"a fault of prunus, see error.txt: {type(fault).__name__}: {text}"}
+    except Exception as problem:  # one row's fault must not cost the others
+        row |= {"status": "failed", "why": fault(problem, folder)}
     write(folder / RESULT, row)
     if row["status"] != "failed":
         tidy(folder, order.keep)
     return row
+
+
+def fault(problem: Exception, folder: Path) -> str:
+    """The reason of a failure that is no mistake of the user's; the traceback goes to `error.txt` in the folder."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "error.txt").write_text("".join(traceback.format_exception(problem)), "utf-8")
+    text = " ".join(str(problem).split())[:300]
+    return f"a fault of prunus, see {folder.name}/error.txt: {type(problem).__name__}: {text}"
 
 
 def failed(order: Order, why: str) -> dict[str, Any]:

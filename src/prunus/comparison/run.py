@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from prunus.comparison.grid import Entry
-from prunus.comparison.row import KEY, RESULT, Order, ask_dense, failed, finished, make, read, tidy, write
+from prunus.comparison.row import KEY, RESULT, Order, ask_dense, failed, fault, finished, make, read, tidy, write
 from prunus.comparison.shared import Shared
 from prunus.comparison.table import csv_text, line
 from prunus.errors import PrunusError, RecipeError
@@ -59,9 +59,10 @@ def compare(
         for file, order in asked.items():
             try:
                 ask_dense(recipes[order.name], Path(file), shared, Named(progress, "dense"))
-            except PrunusError as refusal:
+            except Exception as problem:  # the rows of other models must not be lost with these
                 # Every row that would stand beside this dense model fails by the same reason.
-                rows |= {one.name: failed(one, str(refusal)) for one in missing if one.dense == file}
+                why = str(problem) if isinstance(problem, PrunusError) else fault(problem, Path(file).parent)
+                rows |= {one.name: failed(one, why) for one in missing if one.dense == file}
         left = [order for order in missing if order.name not in rows]
         rows |= made(left, shared, progress, ray)
         return end(out, [rows[order.name] for order in orders])

@@ -7,7 +7,7 @@ import io
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from prunus.text import table, wrap
+from prunus.text import large, table, wrap
 
 # No times and no folders: they differ from call to call, and the table must not.
 COLUMNS = (
@@ -71,16 +71,13 @@ def compare_text(result: Mapping[str, Any]) -> str:
     """The table for a terminal, reasons below it, and where everything lies."""
     lines = result["rows"]
     names = task_names(lines)
-    dense = sorted({(one["model"], one["dense_perplexity"]) for one in lines if one["dense_perplexity"] is not None})
-    rows = [
-        (f"dense {model}", "", f"{perplexity:,.2f}", "1.00", *("" for _ in names), "") for model, perplexity in dense
-    ]
+    rows = dense_rows(lines, names)
     rows += [
         (
             one["name"],
             "" if one["reached"] is None else f"{100 * one['reached']:.1f} %",
-            "" if one["perplexity"] is None else _large(one["perplexity"]),
-            "" if one["ratio"] is None else _large(one["ratio"]),
+            "" if one["perplexity"] is None else large(one["perplexity"]),
+            "" if one["ratio"] is None else large(one["ratio"]),
             *(_score(one["tasks"].get(name)) for name in names),
             one["status"],
         )
@@ -94,13 +91,32 @@ def compare_text(result: Mapping[str, Any]) -> str:
     return "\n\n".join([*parts, "\n".join(["Written:", *(f"  {place}" for place in where)])])
 
 
+def dense_rows(lines: Sequence[Mapping[str, Any]], names: Sequence[str]) -> list[tuple[str, ...]]:
+    """The dense models as cells, each once; one that was asked other items stands in a row of its own."""
+    found: dict[tuple[Any, ...], None] = {}
+    # Rows that ended before their tasks know nothing of the dense model's.
+    for one in sorted(lines, key=lambda one: not one["tasks"]):
+        scores = tuple((one["tasks"].get(name) or {}).get("dense") for name in names)
+        key = (one["model"], one["dense_perplexity"])
+        if one["tasks"] or not any(other[:2] == key for other in found):
+            found[(*key, *scores)] = None
+    return [
+        (
+            f"dense {model}",
+            "",
+            "" if perplexity is None else large(perplexity),
+            "" if perplexity is None else "1.00",
+            *("" if score is None else f"{score:.3f}" for score in scores),
+            "",
+        )
+        for model, perplexity, *scores in found
+        if perplexity is not None or any(score is not None for score in scores)
+    ]
+
+
 def task_names(lines: Sequence[Mapping[str, Any]]) -> list[str]:
     """Tasks and groups of all rows, in the order of the first that has them."""
     return list(dict.fromkeys(name for one in lines for name in one["tasks"]))
-
-
-def _large(value: float) -> str:
-    return f"{value:,.2f}" if value < 1e6 else f"{value:.1e}"
 
 
 def _score(one: Mapping[str, Any] | None) -> str:

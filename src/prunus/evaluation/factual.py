@@ -44,7 +44,8 @@ def judge(  # noqa: PLR0913 - one argument for each thing that is part of the re
         model: folder, `.gguf`, alias or hub id.
         task: truthfulqa, factor_news or factor_expert.
         folder: holds the data.
-        how: DoLa's layers, norm and compat; `relative_top` is the task's own (0 for TruthfulQA, 0.1 for FACTOR).
+        how: DoLa's layers, norm and compat, None: the task's published layers; `relative_top` is always the task's own
+            (0 for TruthfulQA, 0.1 for FACTOR).
         baseline: judged first on the same items, usually the dense model.
         preamble: text before every item, such as examples; None: what the published evaluation puts there, which is
             six questions for TruthfulQA and nothing for FACTOR.
@@ -64,13 +65,14 @@ def judge(  # noqa: PLR0913 - one argument for each thing that is part of the re
         raise RecipeError(f"The limit is at least 1, not {limit}.")
     items = read_items(task, folder, preamble=preamble, limit=limit)
     relative_top, scoring = SETTINGS[task.partition("_")[0]]
-    how = replace(how or Dola(), relative_top=relative_top)
+    how = replace(how or Dola(SOURCES[task].layers), relative_top=relative_top)
     chosen = SOURCES[task].preamble if preamble is None else preamble
     before = ("published" if chosen == SOURCES[task].preamble else "own") if chosen else "none"
+    names = [str(model)] if baseline is None else [str(baseline), str(model)]
+    places = [locate(name, trust_remote_code=bool(machine and machine.get("trust_remote_code"))) for name in names]
+    tokenizers = [load_tokenizer(place) for place in places]  # so that nothing is missing behind hours of work
     results = []
-    for name in [str(model)] if baseline is None else [str(baseline), str(model)]:
-        place = locate(name, trust_remote_code=bool(machine and machine.get("trust_remote_code")))
-        tokenizer = load_tokenizer(place)
+    for name, place, tokenizer in zip(names, places, tokenizers, strict=True):
         found = Layers(load_model(place, **(machine or {})))
         limit_ = positions(read_config(place)) or math.inf
         begun = time.perf_counter()

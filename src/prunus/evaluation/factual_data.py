@@ -87,19 +87,34 @@ class Source:
     Attributes:
         files: names to look for, in this order.
         item: makes an item of a row and a preamble.
+        layers: the premature layers that the published evaluation contrasts with (Chuang et al. 2023).
         preamble: what the published evaluation puts before every item.
     """
 
     files: tuple[str, ...]
     item: Callable[[dict[str, Any], str], Item]
+    layers: str
     preamble: str = ""
 
 
 SOURCES = {
-    "truthfulqa": Source(("truthfulqa_mc.validation.jsonl", "truthfulqa_mc.jsonl", "TruthfulQA.csv"), truthfulqa, SIX),
-    "factor_news": Source(("factor_news.jsonl", "news_factor.csv"), factor),
-    "factor_expert": Source(("factor_expert.jsonl", "expert_factor.csv"), factor),
+    "truthfulqa": Source(
+        ("truthfulqa_mc.validation.jsonl", "truthfulqa_mc.jsonl", "TruthfulQA.csv"), truthfulqa, "high", SIX
+    ),
+    "factor_news": Source(("factor_news.jsonl", "news_factor.csv"), factor, "low"),
+    "factor_expert": Source(("factor_expert.jsonl", "expert_factor.csv"), factor, "low"),
 }
+
+
+def source(task: str) -> Source:
+    """The row of `SOURCES`.
+
+    Raises:
+        RecipeError: an unknown task.
+    """
+    if task not in SOURCES:
+        raise RecipeError(f"Unknown task {task!r}.{near(task, SOURCES)}")
+    return SOURCES[task]
 
 
 def read_items(task: str, folder: Path, *, preamble: str | None = None, limit: int | None = None) -> list[Item]:
@@ -115,27 +130,25 @@ def read_items(task: str, folder: Path, *, preamble: str | None = None, limit: i
         RecipeError: an unknown task.
         CalibrationError: no such file, or a row of another form.
     """
-    if task not in SOURCES:
-        raise RecipeError(f"Unknown task {task!r}.{near(task, SOURCES)}")
-    source = SOURCES[task]
-    preamble = source.preamble if preamble is None else preamble
-    paths = [folder / f"{name}{packed}" for name in source.files for packed in ("", ".gz")]
+    found = source(task)
+    preamble = found.preamble if preamble is None else preamble
+    paths = [folder / f"{name}{packed}" for name in found.files for packed in ("", ".gz")]
     path = next((path for path in paths if path.is_file()), None)
     if path is None:
         raise CalibrationError(
-            f"{folder} has no data for {task}; it is looked for as {' or '.join(source.files)}, or .gz."
+            f"{folder} has no data for {task}; it is looked for as {' or '.join(found.files)}, or .gz."
         )
     items = []
     for number, row in enumerate(_rows(path)[:limit], 1):
         try:
-            item = source.item(row, preamble)
+            item = found.item(row, preamble)
         except KeyError as problem:
             raise CalibrationError(f"{path}, row {number}, is no item of {task}: it has no {problem}.") from problem
         except (TypeError, ValueError, AttributeError) as problem:
             raise CalibrationError(
                 f"{path}, row {number}, is no item of {task} ({problem}); mend or remove it."
             ) from problem
-        if not item.true or not item.false:
+        if not item.true or not item.false or (item.single is not None and not item.single[1]):
             raise CalibrationError(f"{path}, row {number}, has no true or no false statement.")
         items.append(item)
     if not items:

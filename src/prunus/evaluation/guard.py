@@ -16,6 +16,7 @@ from prunus.data.tokens import folder_positions
 from prunus.errors import PrunusError
 from prunus.models.checkpoint import Checkpoint
 from prunus.models.source import locate
+from prunus.text import large
 
 if TYPE_CHECKING:
     from prunus.progress import Progress
@@ -142,8 +143,8 @@ def check_ratio(
     ratio = result["perplexity"] / dense["perplexity"]
     if ratio <= (OBVIOUS if limit is None else limit):
         return None
-    found, whole = (_number(one["perplexity"]) for one in (result, dense))
-    facts = f"perplexity {found}, {_number(ratio)} times the dense model's {whole}"
+    found, whole = (large(one["perplexity"]) for one in (result, dense))
+    facts = f"perplexity {found}, {large(ratio)} times the dense model's {whole}"
     if limit is None:
         return f"The model has collapsed: {facts}. Remove less, or choose a method or an allocation that keeps more."
     spoken = f" It writes: “{result['sample']}”" if result.get("sample") else ""
@@ -206,7 +207,3 @@ def _question(recipe: Recipe, model: str) -> dict[str, Any]:
 
 def _folder(recipe: Recipe, model: str) -> Path:
     return locate(model, trust_remote_code=recipe.trust_remote_code)
-
-
-def _number(value: float) -> str:
-    return f"{value:,.2f}" if value < 1e6 else f"{value:.1e}"

@@ -6,7 +6,7 @@ import logging
 import math
 import re
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,7 +21,10 @@ from prunus.models.quiet import quiet
 if TYPE_CHECKING:
     from prunus.progress import Progress
 
-NAMED = re.compile(r"^(?:task|group|tag):\s*[\"']?([\w:.+-]+)[\"']?\s*$", re.MULTILINE)
+# Of a definition: the name of the single task that it is, and groups and tags, as a word or a list.
+SINGLE = re.compile(r"^[\"']?task[\"']?:[ \t]*[\"']?([\w:.+-]+)[\"']?[ \t]*(?:#.*)?$", re.MULTILINE)
+SEVERAL = re.compile(r"^[\"']?(?:group|tag)[\"']?:(.*(?:\n[ \t]*-.*)*)", re.MULTILINE)
+WORD = re.compile(r"[\w:.+-]+")
 INSTALL = "pip install 'prunus[tasks]'"
 FEWSHOT_SEED = 1234  # lm-eval's default
 Scores = dict[str, Any]
@@ -67,14 +70,15 @@ def prepare(names: Sequence[str], *, data: str | Path | None = None, limit: int 
     groups = {name: GROUPS[name] for name in names if name in GROUPS}
     if not wanted:
         raise RecipeError("No task was named; give some, such as arc_easy,hellaswag or owl7.")
-    places = _places(harness, wanted)
+    single, several = _defined(harness)
+    for name in wanted:
+        if name not in single and name not in several:
+            raise _unknown(name, {*single, *several})
     folder = None if data is None else Path(data).expanduser()
     if folder is not None:
         check_folder(folder)
     with _calm():
-        manager = harness.TaskManager(
-            include_defaults=False, include_path=sorted({str(places[name]) for name in wanted})
-        )
+        manager = _manager(harness, wanted, single)
         if folder is None:
             tasks: dict[str, Any] = {}
             for name in wanted:
@@ -133,7 +137,8 @@ def summary(suite: Suite, scores: Mapping[str, Scores], dense: Mapping[str, Scor
     groups: dict[str, Any] = {}
     for group, members in suite.groups.items():
         # The tasks are of different items, so the variances of their means add up.
-        error = math.sqrt(sum((tasks[name]["stderr"] or 0.0) ** 2 for name in members)) / len(members)
+        errors = [tasks[name]["stderr"] for name in members]
+        error = None if None in errors else math.hypot(*errors) / len(members)
         mean = sum(tasks[name]["acc"] for name in members) / len(members)
         groups[group] = {"acc": mean, "stderr": error, "tasks": list(members)}
         if dense is not None:
@@ -198,23 +203,42 @@ def _harness() -> _Harness:
     return _Harness(lm_eval.tasks.TaskManager, HFLM, evaluate, Path(str(lm_eval.tasks.__file__)).parent)
 
 
-def _places(harness: _Harness, wanted: Sequence[str]) -> dict[str, Path]:
-    """The folder of lm-eval that each task is defined in; reading all definitions properly takes a quarter minute.
+def _defined(harness: _Harness) -> tuple[dict[str, Path], set[str]]:
+    """Single tasks and the folder that each is defined in, and names of groups and tags; a few words more may be there.
+
+    Found by looking for lines: reading all definitions properly takes a quarter minute.
+    """
+    single: dict[str, Path] = {}
+    several: set[str] = set()
+    for path in sorted(harness.folder.glob("**/*yaml")):
+        text = path.read_text("utf-8", errors="replace")
+        for name in SINGLE.findall(text):
+            single.setdefault(name, path.parent)
+        for words in SEVERAL.findall(text):
+            several.update(WORD.findall(words))
+    return single, several
+
+
+def _manager(harness: _Harness, wanted: Sequence[str], single: Mapping[str, Path]) -> Any:
+    """lm-eval's task manager, which knows `wanted`.
 
     Raises:
-        RecipeError: a task that lm-eval does not have; the nearest names are given.
+        RecipeError: a name that it does not know after all.
     """
-    places: dict[str, Path] = {}
-    for path in sorted(harness.folder.glob("**/*.yaml")):
-        for name in NAMED.findall(path.read_text("utf-8", errors="replace")):
-            places.setdefault(name, path.parent)
+    if all(name in single for name in wanted):
+        return harness.TaskManager(include_defaults=False, include_path=sorted({str(single[name]) for name in wanted}))
+    # The tasks of a group or tag may lie in any folder: GLUE's are in eight.
+    manager = harness.TaskManager()
     for name in wanted:
-        if name not in places:
-            known = sorted({*places, *GROUPS})
-            # Of 12,000 names only the nearest are of use.
-            hint = near(name, known).partition(" Known:")[0]
-            raise RecipeError(f"lm-eval has no task {name!r}.{hint} Groups of prunus: {', '.join(GROUPS)}.")
-    return places
+        if name not in manager.task_index:
+            raise _unknown(name, manager.task_index)
+    return manager
+
+
+def _unknown(name: str, known: Iterable[str]) -> RecipeError:
+    # Of 12,000 names only the nearest are of use.
+    hint = near(name, {*known, *GROUPS}).partition(" Known:")[0]
+    return RecipeError(f"lm-eval has no task {name!r}.{hint} Groups of prunus: {', '.join(GROUPS)}.")
 
 
 def _from_hub(manager: Any, name: str) -> dict[str, Any]:

@@ -81,8 +81,17 @@ class Forecaster:
             )
 
     def kernel(self, values: np.ndarray, progress: Progress, stage: str) -> tuple[np.ndarray, Scale, Reading]:
-        """The kernel inferred from the last values that fit, its scale, and what was read."""
+        """The kernel inferred from the last values that fit, its scale, and what was read.
+
+        Raises:
+            FormatError: these values are all the same.
+        """
         values = values[-self.most :]
+        if (values == values[0]).all():
+            raise FormatError(
+                f"The {len(values)} values to read are all {values[0]:g}; there is nothing to learn from. Cut the log "
+                "where it stands still, or read more of it."
+            )
         scale = Scale.of(values, self.digits)
         states = scale.bins(values)
         progress.stage(stage, len(np.unique(states)))
@@ -159,8 +168,9 @@ def predict(series: Series, forecaster: Forecaster, progress: Progress) -> dict[
     found = chain.limits(kernel)
     law = chain.long_run(kernel)[states[-1]]
     mean = float(law @ grid)
-    within = forecaster.options.within * scale.span
-    goal = np.abs(grid - mean) <= max(within, 0.51 * scale.span / (0.7 * scale.states))
+    # At least half a state, or a limit between two states would have none within reach.
+    within = max(forecaster.options.within * scale.span, 0.51 * float(grid[1] - grid[0]))
+    goal = np.abs(grid - mean) <= within
     arrival = float(chain.hitting_time(kernel, goal)[states[-1]]) * series.every
     gap = float(1 - chain.moduli(kernel)[1])
     path = chain.after(np.eye(scale.states)[states[-1]], kernel, held) @ grid
@@ -168,7 +178,7 @@ def predict(series: Series, forecaster: Forecaster, progress: Progress) -> dict[
     for name, baseline in BASELINES.items():
         methods[name]["forecast"] = float(baseline(read, held, scale)[-1])
     skills = {name: skill(methods["model"]["rmse"], methods[name]["rmse"]) for name in BASELINES}
-    best = min(methods, key=lambda name: methods[name]["rmse"])
+    best = min([*BASELINES, "model"], key=lambda name: methods[name]["rmse"])  # of equals a baseline: it is cheaper
     relaxation = series.every / gap if gap > 0 else math.inf
     return {
         "column": series.column, "rows": len(values), "read": len(read), "held": held, "every": series.every,
@@ -183,8 +193,6 @@ def predict(series: Series, forecaster: Forecaster, progress: Progress) -> dict[
 
 def _backtest(values: np.ndarray, held: int, forecaster: Forecaster, progress: Progress) -> dict[str, dict[str, float]]:
     past, future = values[:-held], values[-held:]
-    if (past == past[0]).all():
-        raise FormatError(f"All but the last {held} values are the same; there is nothing to learn from.")
     kernel, scale, _ = forecaster.kernel(past, progress, "read what is not held back")
     start = np.eye(scale.states)[scale.bins(past)[-1]]
     paths = {"model": chain.after(start, kernel, held) @ scale.values(np.arange(scale.states))}
@@ -231,7 +239,10 @@ def _verdict(best: str, skills: dict[str, float], held: int) -> str:
 def _warnings(series: Series, read: int, relaxation: float, found: list[chain.Limit]) -> list[str]:
     warnings = []
     if read < len(series.values):
-        warnings.append(f"Only the last {read} of {len(series.values)} values fit into the model's context.")
+        warnings.append(
+            f"Only the last {read} of {len(series.values)} values were read, as many as were asked for or fit into the "
+            "model's context."
+        )
     rates = None if series.rates is None else series.rates[-read:]
     if rates is not None and rates.max() - rates.min() > RATE_CHANGE * np.abs(rates).max():
         warnings.append(

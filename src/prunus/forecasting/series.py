@@ -74,6 +74,8 @@ def _rows(path: Path) -> list[dict[str, Any]]:
         raise FormatError(f"{path} cannot be read as a log ({problem}).") from problem
     if text.lstrip().startswith("{"):
         return _json_rows(text, path)
+    if text.lstrip().startswith("["):
+        raise FormatError(f"{path} is one JSON list; write one object a line, or a CSV file with a header.")
     try:
         rows = [dict(row) for row in csv.DictReader(text.splitlines(), strict=True)]
     except csv.Error as problem:

@@ -110,15 +110,21 @@ def gather(folders: Sequence[Path]) -> list[Run]:
     """
     runs: list[Run] = []
     for folder in folders:
-        if (folder / "comparison.json").is_file():
-            runs += of_comparison(folder)
-        elif (folder / "prunus.json").is_file():
-            runs.append(of_folder(folder))
-        else:
+        try:
+            if (folder / "comparison.json").is_file():
+                runs += of_comparison(folder)
+            elif (folder / "prunus.json").is_file():
+                runs.append(of_folder(folder))
+            else:
+                raise RecipeError(
+                    f"{folder} holds neither prunus.json nor comparison.json; give a folder that `prunus prune`, "
+                    "`prunus run` or `prunus compare` made."
+                )
+        except (KeyError, TypeError, AttributeError) as problem:
             raise RecipeError(
-                f"{folder} holds neither prunus.json nor comparison.json; give a folder that `prunus prune`, `prunus "
-                "run` or `prunus compare` made."
-            )
+                f"{folder} holds a record that prunus did not write ({type(problem).__name__}: {problem}); make it "
+                "again."
+            ) from problem
     if all(run.status == "open" for run in runs):
         raise RecipeError(f"{folders[0]} holds no finished row yet; run the comparison first.")
     return told_apart(runs)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from html import escape
 from pathlib import Path
@@ -11,8 +12,10 @@ from prunus.progress import clock
 from prunus.recipe_yaml import dump_yaml
 from prunus.text import bytes_text
 from prunus.webpage.gather import Run
-from prunus.webpage.plots import label, names_of, share
+from prunus.webpage.plots import dense_scores, label, names_of, share
 
+# The folders of a path within a sentence, and not those of an address, a share or a hub's name.
+FOLDERS = re.compile(r"(?<![\w./:~-])[~.]{0,2}/(?:[^\s/\"'“”<>|:;,()]+/)*(?=[^\s/])")
 NONE = '<span class="muted">–</span>'
 
 
@@ -31,14 +34,21 @@ def number(value: float | None, digits: int = 2) -> str:
 def public(name: Any) -> str:
     """Of a path the last part: a page is shown around, and the maker's folders are nobody's business."""
     text = str(name or "")
-    return Path(text).name if Path(text).is_absolute() or text.startswith(".") else text
+    return Path(text).name if text.startswith(("/", ".", "~")) else text
+
+
+def spoken(text: Any) -> str:
+    """A sentence, with of every path in it the last part."""
+    return FOLDERS.sub("", str(text))
 
 
 def unplaced(value: Any) -> Any:
-    """The same data with `public` names in place of absolute paths."""
+    """The same data with `public` names in place of paths."""
     if isinstance(value, Mapping):
         return {key: unplaced(item) for key, item in value.items()}
-    return public(value) if isinstance(value, str) and Path(value).is_absolute() else value
+    if isinstance(value, list | tuple):
+        return [unplaced(item) for item in value]
+    return public(value) if isinstance(value, str) else value
 
 
 def rows_table(head: Sequence[tuple[str, str]], rows: Iterable[tuple[str, Sequence[str]]]) -> str:
@@ -87,8 +97,8 @@ def overview(runs: Sequence[Run]) -> str:
 def remark(run: Run) -> str:
     """Why a run did not come to its end, in full; a note of one that did, its first words (all of it stands below)."""
     if run.status != "done":
-        return f'<span class="bad">{esc(run.status)}: {esc(run.why)}</span>'
-    return f'<span class="warn">{esc(run.why.partition(":")[0])}</span>'
+        return f'<span class="bad">{esc(run.status)}: {esc(spoken(run.why))}</span>'
+    return f'<span class="warn">{esc(spoken(run.why).partition(":")[0])}</span>'
 
 
 def best_runs(runs: Sequence[Run]) -> list[Run]:
@@ -144,14 +154,16 @@ def tasks(runs: Sequence[Run]) -> str:
     head = [("", "task"), ("", "model"), ("n", "acc"), ("n", "acc_norm"), ("n", "change, points"), ("", "verdict")]
     rows = []
     for name in names:
-        dense = next(({**run.dense.get("tasks", {}), **run.dense.get("groups", {})}.get(name) for run in known), None)
-        if dense:
-            rows.append(("dense", [esc(name), "dense", score(dense, "acc"), score(dense, "acc_norm"), NONE, ""]))
+        lines = [
+            ("dense", [esc(model), score(one, "acc"), score(one, "acc_norm"), NONE, ""])
+            for model, one in dense_scores(known, name)
+        ]
         for run in known:
             if name in run.scores:
                 one = run.scores[name]
                 cells = [dot(run, runs) + esc(run.name), score(one, "acc"), score(one, "acc_norm")]
-                rows.append(("", ["" if dense else esc(name), *cells, *change(one)]))
+                lines.append(("", [*cells, *change(one)]))
+        rows += [(kind, [esc(name) if place == 0 else "", *cells]) for place, (kind, cells) in enumerate(lines)]
     return rows_table(head, rows)
 
 
@@ -226,8 +238,8 @@ def provenance(run: Run) -> str:
         "versions": ", ".join(f"{name} {one}" for name, one in (run.prune.get("versions") or {}).items()),
         "model, sha256": ", ".join(str(value) for value in (run.fingerprint.get("model") or {}).values()),
     }
-    facts["note"] = run.why
-    facts |= {f"warning {place}": text for place, text in enumerate(run.prune.get("warnings") or (), start=1)}
+    facts["note"] = spoken(run.why)
+    facts |= {f"warning {place}": spoken(text) for place, text in enumerate(run.prune.get("warnings") or (), start=1)}
     items = "".join(f"<dt>{esc(name)}</dt><dd>{esc(value)}</dd>" for name, value in facts.items() if value)
     recipe = esc(dump_yaml(unplaced(run.recipe)))
     return f'<details><summary>{esc(run.name)}</summary><pre>{recipe}</pre><dl class="plain">{items}</dl></details>'

@@ -10,6 +10,7 @@ from typing import Any
 from prunus.webpage.gather import Run
 
 MARKERS = "os^vPX*"
+DENSE = "Ddph"  # of the dense models, in the colour of the text
 UNIFORM = 1e-3  # spread of sparsities within a run that no plot would show
 
 
@@ -66,8 +67,8 @@ def label(run: Run, runs: Sequence[Run]) -> str:
 
 
 def share(value: float) -> str:
-    """`0.5` -> `50 %`; digits only where they say something."""
-    return f"{100 * value:.4g} %" if abs(round(100 * value, 1) - 100 * value) > 0.05 else f"{round(100 * value, 1):g} %"
+    """`0.5` -> `50 %`; one digit behind the point where it says something."""
+    return f"{round(100 * value, 1):g} %"
 
 
 def perplexity(figure: Any, runs: Sequence[Run], ink: Ink, narrow: bool) -> None:
@@ -78,11 +79,11 @@ def perplexity(figure: Any, runs: Sequence[Run], ink: Ink, narrow: bool) -> None
     for index, name in enumerate(names_of(runs)):
         line = sorted((run for run in known if label(run, runs) == name), key=lambda run: run.reached or 0)
         xs = [100 * (run.reached or 0) for run in line]
-        ys = [(run.ratio if several else run.perplexity) or math.nan for run in line]
+        ys = [drawn((run.ratio if several else run.perplexity) or math.nan) for run in line]
         if xs:
             bars = None if several else list(zip(*(spread(run) for run in line), strict=True))
             axes.errorbar(xs, ys, yerr=bars, color=ink.of(index), marker="o", ms=5, lw=1.8, capsize=2.5, label=name)
-    values = [(run.ratio if several else run.perplexity) or 1.0 for run in known]
+    values = [drawn((run.ratio if several else run.perplexity) or 1.0) for run in known]
     dense = {run.dense.get("perplexity") for run in known}
     floor = 1.0 if several else next(iter(dense)) if len(dense) == 1 else None
     if floor is not None:
@@ -100,10 +101,15 @@ def perplexity(figure: Any, runs: Sequence[Run], ink: Ink, narrow: bool) -> None
     legend(figure, axes, narrow)
 
 
+def drawn(value: float) -> float:
+    """What an axis can hold: a loss beyond 709 nats has a perplexity of 1e308, next to which matplotlib overflows."""
+    return min(value, 1e100)
+
+
 def spread(run: Run) -> tuple[float, float]:
     """Half-widths of one standard error of the mean loss, carried over to perplexity."""
-    value, error = run.perplexity or 0.0, run.evaluate.get("loss_stderr") or 0.0
-    return value * (1 - math.exp(-error)), value * (math.exp(error) - 1)
+    value, error = drawn(run.perplexity or 0.0), run.evaluate.get("loss_stderr") or 0.0
+    return value * (1 - math.exp(-error)), drawn(value * math.expm1(min(error, 200)))
 
 
 def block_errors(figure: Any, runs: Sequence[Run], ink: Ink, narrow: bool) -> None:
@@ -165,21 +171,42 @@ def panel_height(runs: Sequence[Run], narrow: bool) -> float:
     return 0.5 + 2.1 * grid_of(len(names_of([run for run in runs if run.blocks])), narrow)[0]
 
 
+def dense_scores(runs: Sequence[Run], task: str) -> list[tuple[str, Any]]:
+    """Name and scores of the dense models in a task: each once, and again where other items were asked."""
+    several = len({run.model for run in runs}) > 1
+    found: dict[tuple[Any, ...], tuple[str, Any]] = {}
+    for run in runs:
+        one = {**run.dense.get("tasks", {}), **run.dense.get("groups", {})}.get(task)
+        if one is not None:
+            key = (run.model, *(one.get(part) for part in ("acc", "stderr", "items")))
+            found.setdefault(key, (f"dense {run.model}" if several else "dense", one))
+    return list(found.values())
+
+
 def task_scores(figure: Any, runs: Sequence[Run], ink: Ink, narrow: bool) -> None:
     """Accuracy with one standard error, run beside run and the dense model's, task by task."""
     axes = figure.subplots()
     known = [run for run in runs if run.scores]
     tasks = list(dict.fromkeys(name for run in known for name, one in run.scores.items() if one.get("acc") is not None))
-    step = 0.8 / (len(known) + 1)
+    models = list(dict.fromkeys(model for name in tasks for model, _ in dense_scores(known, name)))
+    step = 0.8 / (len(known) + len(models))
+    named: set[str] = set()
+
+    def once(name: str) -> str | None:
+        """The name for the legend, the first time that it is asked for."""
+        new = name not in named
+        named.add(name)
+        return name if new else None
+
     for place, name in enumerate(tasks):
-        dense = {**known[0].dense.get("tasks", {}), **known[0].dense.get("groups", {})}.get(name)
-        if dense:
-            dot(axes, dense, place - 0.4 + step / 2, ink.text, "D", "dense" if place == 0 else None)
-        for number, run in enumerate(known):
-            if name in run.scores:
-                where = place - 0.4 + step * (number + 1.5)
+        for model, one in dense_scores(known, name):
+            number = models.index(model)
+            where = place - 0.4 + step * (number + 0.5)
+            dot(axes, one, where, ink.text, DENSE[number % len(DENSE)], once(model))
+        for number, run in enumerate(known, start=len(models)):
+            if run.scores.get(name, {}).get("acc") is not None:
                 colour, marker = sign(run, runs, ink)
-                dot(axes, run.scores[name], where, colour, marker, run.name if place == 0 else None)
+                dot(axes, run.scores[name], place - 0.4 + step * (number + 0.5), colour, marker, once(run.name))
     axes.set_yticks(range(len(tasks)), tasks)
     axes.invert_yaxis()
     axes.set_xlabel("accuracy, ± one standard error")
@@ -205,7 +232,8 @@ def task_height(runs: Sequence[Run], narrow: bool) -> float:
     """Inches for all tasks and runs."""
     known = [run for run in runs if run.scores]
     tasks = {name for run in known for name in run.scores}
-    return 1.1 + len(tasks) * (0.22 + 0.13 * (len(known) + 1)) + (0.18 * len(known) if narrow else 0)
+    rows = len(known) + len({run.model for run in known})
+    return 1.1 + len(tasks) * (0.22 + 0.13 * rows) + (0.18 * rows if narrow else 0)
 
 
 def legend(figure: Any, axes: Any, narrow: bool) -> None:
@@ -222,8 +250,11 @@ def plain_numbers(axes: Any) -> None:
     """`20 50 100` instead of powers of ten with signs."""
     from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
-    axes.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0), numticks=12))
-    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.4g}" if value < 1e6 else f"{value:.0e}"))
+    low, high = axes.get_ylim()
+    # Over more powers of ten there is no room for what lies between them.
+    between = (1.0, 2.0, 5.0) if high < 1e5 * low else (1.0,)
+    axes.yaxis.set_major_locator(LogLocator(subs=between, numticks=12))
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:{',.0f' if 1 <= value < 1e6 else '.4g'}}"))
     axes.yaxis.set_minor_formatter(NullFormatter())
 
 
@@ -252,7 +283,7 @@ PLOTS = (
         lambda runs: any(block.get("error") is not None for run in runs for block in run.blocks),
     ),
     Plot(
-        "tasks", "Benchmark tasks", "Accuracy by task; diamonds are the dense model.",
+        "tasks", "Benchmark tasks", "Accuracy by task; the dense model in the colour of the text.",
         task_scores, task_height, lambda runs: any(run.scores for run in runs),
     ),
 )  # fmt: skip

@@ -196,11 +196,15 @@ def text_note(runs: Sequence[Run]) -> str:
 
 def task_note(runs: Sequence[Run]) -> str:
     """How the tasks were asked."""
-    asked = next(run.evaluate["asked"] for run in runs if run.scores)
-    items = "All items" if asked["limit"] is None else f"The first {asked['limit']} items of each"
+    asked = [run.evaluate["asked"] for run in runs if run.scores]
+    limits = {one["limit"] for one in asked}
+    items = f"The first {asked[0]['limit']} items of each" if asked[0]["limit"] else "All items"
+    if len(limits) > 1:
+        items = "Different numbers of items (see each recipe), which do not compare"
+    by = " and ".join(sorted({str(one["lm_eval"]) for one in asked}))
     return (
-        f"{items}, by lm-eval {asked['lm_eval']}; ± one standard error. Changes are paired item by item, with 95 % "
-        "intervals; worse and better mean p below 0.05."
+        f"{items}, by lm-eval {by}; ± one standard error. Changes are paired item by item, with 95 % intervals; worse "
+        "and better mean p below 0.05."
     )
 
 

@@ -24,7 +24,7 @@ PENALTY = 1.2  # of the paper, for all generation
 
 @dataclass
 class DolaOutput(GenerateDecoderOnlyOutput):
-    """What `generate(..., return_dict_in_generate=True)` gives: `sequences`, `scores` and `past_key_values` as usual.
+    """What `generate(..., return_dict_in_generate=True)` gives: `sequences`, and `scores` where `output_scores` is set.
 
     Attributes:
         premature_layers: int64 [new tokens, sequences], the layer that each token was contrasted with.

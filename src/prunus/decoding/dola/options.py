@@ -30,7 +30,7 @@ class Dola:
             arguments of each Kullback-Leibler term exchanged and the mean over the vocabulary; it has no upper bound
             and chooses other layers.
         surviving: for a model from which blocks were removed, the original numbers of those that remain, in order;
-            `layers` are then original numbers. None: `layers` count what is there.
+            numbers in `layers` are then original ones; low and high count what is there. None: all count what is there.
     """
 
     layers: str | tuple[int, ...] = "low"
@@ -67,6 +67,12 @@ class Dola:
         """
         if isinstance(self.layers, str):
             return bucket(self.layers, blocks, tied=tied)
+        if self.surviving is not None and (
+            len(self.surviving) != blocks or list(self.surviving) != sorted(set(self.surviving))
+        ):
+            raise RecipeError(
+                f"surviving names {len(self.surviving)} blocks; the model has {blocks}, each named once and ascending."
+            )
         limit = blocks if self.surviving is None else max(self.surviving) + 1
         wrong = [layer for layer in self.layers if not 0 <= layer < limit]
         if wrong:
@@ -74,13 +80,7 @@ class Dola:
                 f"DoLa's layer {wrong[0]} is outside the model: premature layers are 0 (the embedding) to {limit - 1} "
                 f"(before the last block)."
             )
-        if self.surviving is None:
-            return sorted(set(self.layers))
-        if len(self.surviving) != blocks or list(self.surviving) != sorted(set(self.surviving)):
-            raise RecipeError(
-                f"surviving names {len(self.surviving)} blocks; the model has {blocks}, each named once and ascending."
-            )
-        return translate(self.layers, self.surviving)
+        return sorted(set(self.layers)) if self.surviving is None else translate(self.layers, self.surviving)
 
 
 def bucket(name: str, blocks: int, *, tied: bool) -> list[int]:
@@ -113,11 +113,11 @@ def parse_layers(text: str) -> str | tuple[int, ...]:
         return text
     layers: list[int] = []
     for part in text.replace(" ", "").split(","):
-        found = re.fullmatch(r"(\d+)(?:-(\d+)(?::([1-9]\d*))?)?", part)
+        found = re.fullmatch(r"(\d{1,4})(?:-(\d{1,4})(?::([1-9]\d{0,3}))?)?", part)
         if not found:
             raise RecipeError(f"DoLa's layers are low, high, or numbers such as 16,18,20 or 16-30:2, not {text!r}.")
         first, last, step = found[1], found[2] or found[1], found[3] or 1
+        if int(last) < int(first):
+            raise RecipeError(f"DoLa's layers {part!r} are an empty range; write {last}-{first}.")
         layers.extend(range(int(first), int(last) + 1, int(step)))
-    if not layers:
-        raise RecipeError(f"DoLa's layers {text!r} are an empty range.")
     return tuple(layers)
