@@ -8,7 +8,8 @@ from pathlib import Path
 from prunus.models.skeleton import read_config
 from prunus.packed.matrix import PackedMatrix, QuantizedMatrix
 from prunus.packed.weights import engine_weights
-from prunus.runtime.engine import Engine, likeliest
+from prunus.runtime.choice import likeliest
+from prunus.runtime.engine import Engine
 
 
 class Own:
