@@ -6,6 +6,7 @@ import copy
 import dataclasses
 import json
 import logging
+import shutil
 from pathlib import Path
 
 import pytest
@@ -330,14 +331,38 @@ def test_generate_on_the_command_line(folders, capsys):
     assert found[0]["tokens"] == 12
 
 
+@kernels
+@pytest.mark.parametrize(
+    ("file", "changed", "says"),
+    [
+        ("config.json", {"hidden_size": 128}, "does not belong to its weights"),
+        ("config.json", {"vocab_size": 100}, "does not belong to its weights"),
+        ("config.json", {"head_dim": 0}, "cannot build"),
+        ("config.json", {"num_key_value_heads": 3}, "the config"),
+        ("config.json", {"vocab_size": -5}, "cannot build"),
+        ("config.json", {"max_position_embeddings": "many"}, "config.json cannot be used"),
+        ("config.json", {"prunus_format": ["packed"]}, "does not know"),
+        ("generation_config.json", [], "remove it"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, dict) else None,
+)
+def test_a_folder_whose_json_is_damaged_is_refused(file, changed, says, folders, tmp_path):
+    folder = shutil.copytree(folders / "int8", tmp_path / "damaged")
+    before = json.loads((folder / file).read_text())
+    (folder / file).write_text(json.dumps(before | changed if changed else changed))
+    with pytest.raises(PrunusError, match=says):
+        prunus.load(folder)
+
+
 @pytest.mark.parametrize(
     ("words", "says"),
     [
         (["--prompt", " "], "prompt is empty"),
+        (["--prompt", "once \udcff"], "no UTF-8"),
         (["--prompt", "once", "--max-new-tokens", "1000"], "512 positions"),
         (["--prompt", "once", "--dtype", "bfloat16"], "CPU in float32"),
     ],
-    ids=["empty prompt", "too long", "dtype"],
+    ids=["empty prompt", "no text", "too long", "dtype"],
 )
 def test_bad_generate_is_refused(words, says, folders, capsys):
     assert main(["generate", str(folders / "int8"), *words]) == 2

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel
 
+from prunus.errors import ModelError
 from prunus.evaluation.loading import DTYPES, check_device, check_dtype
 from prunus.models.checkpoint import Stored
 from prunus.models.modelling import ours
@@ -73,9 +74,24 @@ def load_dense(folder: Path, *, device: str = "cpu", dtype: str = "auto", keep: 
         model.tie_weights()
     for part in (model.config, model.config.get_text_config()):
         part.use_cache = True
-    if (folder / "generation_config.json").is_file():
-        model.generation_config = GenerationConfig.from_pretrained(folder)
+    model.generation_config = generation_config(folder) or model.generation_config
     return model.eval()
+
+
+def generation_config(folder: Path) -> GenerationConfig | None:
+    """What the folder says of generating; None if it says nothing.
+
+    Raises:
+        ModelError: the file is damaged.
+    """
+    if not (folder / "generation_config.json").is_file():
+        return None
+    try:
+        return GenerationConfig.from_pretrained(folder)
+    except Exception as problem:  # any: a damaged file fails in whatever way it comes to
+        raise ModelError(
+            f"{folder / 'generation_config.json'} cannot be read ({str(problem)[:200]}). Copy it again, or remove it."
+        ) from None
 
 
 def main_dtype(packed: PackedFolder) -> str:

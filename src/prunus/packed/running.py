@@ -16,6 +16,7 @@ from prunus.decoding.sampling import Sampling
 from prunus.errors import RecipeError, near
 from prunus.models.skeleton import read_config
 from prunus.packed.choosing import processors
+from prunus.packed.model import generation_config
 from prunus.packed.weights import engine_weights
 from prunus.runtime.choice import draw, likeliest
 from prunus.runtime.engine import Engine
@@ -204,10 +205,7 @@ def open_model(folder: Path, values: str = "lossless", context: int | None = Non
     """
     config = read_config(folder)
     engine = Engine(config.get_text_config(), engine_weights(folder, values), context=context)
-    generation = GenerationConfig.from_model_config(config)
-    if (folder / "generation_config.json").is_file():
-        generation = GenerationConfig.from_pretrained(folder)
-    return PackedModel(engine, config, generation)
+    return PackedModel(engine, config, generation_config(folder) or GenerationConfig.from_model_config(config))
 
 
 def _refuse_unknown(given: dict[str, Any], known: Sequence[str]) -> None:
