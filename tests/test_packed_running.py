@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, Qwen2Config, StableLmConfig
+from transformers import AutoModelForCausalLM, Gemma3Config, Qwen2Config, StableLmConfig
 
 import prunus
 from prunus.cli import main
@@ -288,9 +288,21 @@ SIZES = {
 }  # fmt: skip
 
 
+GEMMA = Gemma3Config(
+    text_config={**SIZES, "head_dim": 8},
+    vision_config={
+        "hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2, "image_size": 28,
+        "patch_size": 14,
+    },
+    mm_tokens_per_image=4,
+)  # fmt: skip
+
+
 @kernels
 @pytest.mark.parametrize(
-    ("config", "engine"), [(Qwen2Config(**SIZES), True), (StableLmConfig(**SIZES), False)], ids=["covered", "other"]
+    ("config", "engine"),
+    [(Qwen2Config(**SIZES), True), (StableLmConfig(**SIZES), False), (GEMMA, False)],
+    ids=["covered", "other", "a part of a larger one"],
 )
 def test_what_the_engine_does_not_cover_runs_with_sparse_modules_and_a_note(config, engine, tmp_path, caplog):
     model = small(config)
@@ -300,6 +312,9 @@ def test_what_the_engine_does_not_cover_runs_with_sparse_modules_and_a_note(conf
         packed = prunus.load(tmp_path / "packed")
     assert isinstance(packed, PackedModel) == engine
     assert bool(caplog.records) != engine
+    if not engine:
+        with pytest.raises(NotCovered, match="does not cover dense: .* Run it by transformers"):
+            open_model(tmp_path / "dense")
     assert off(packed, model) < 1e-5
     assert off(packed, model, IDS[:, :4]) < 1e-5
     how = {"max_new_tokens": 6, "do_sample": False, "pad_token_id": 0}

@@ -15,7 +15,6 @@ from transformers import GenerationConfig, PreTrainedModel
 from prunus.errors import ModelError
 from prunus.evaluation.loading import DTYPES, check_device, check_dtype
 from prunus.models.checkpoint import Stored
-from prunus.models.modelling import ours
 from prunus.models.quiet import quiet
 from prunus.models.skeleton import skeleton
 from prunus.models.weights import Weights
@@ -113,8 +112,7 @@ def load(folder: Path, *, device: str = "cpu", dtype: str = "auto") -> Any:
     Raises:
         PrunusError: the folder is damaged, or device or dtype cannot be used.
     """
-    from prunus.models.skeleton import read_config
-    from prunus.runtime.engine import covers
+    from prunus.packed.running import open_model, uncovered
     from prunus.runtime.native import absence, available
 
     native = available()
@@ -124,12 +122,8 @@ def load(folder: Path, *, device: str = "cpu", dtype: str = "auto") -> Any:
             "%s is run by PyTorch with its weights unpacked, no faster than a dense model: %s.", folder.name, why
         )
         return load_dense(folder, device=device, dtype=dtype)
-    # The engine knows stock classes; to ask it about another would ask the user whether to run our own file.
-    own = "its blocks are built by the modelling file in the folder" if ours(folder) else None
-    problem = own or covers(read_config(folder).get_text_config())
+    problem = uncovered(folder)
     if problem is None:
-        from prunus.packed.running import open_model
-
         return open_model(folder)
     from prunus.packed.linear import load_sparse
 

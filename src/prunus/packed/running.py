@@ -14,12 +14,14 @@ from transformers.modeling_outputs import CausalLMOutput
 
 from prunus.decoding.sampling import Sampling
 from prunus.errors import RecipeError, near
+from prunus.models.modelling import ours
 from prunus.models.skeleton import read_config
 from prunus.packed.choosing import processors
 from prunus.packed.model import generation_config
 from prunus.packed.weights import engine_weights
 from prunus.runtime.choice import draw, likeliest
-from prunus.runtime.engine import Engine
+from prunus.runtime.engine import Engine, covers
+from prunus.runtime.plan import NotCovered
 
 # Arguments of `generate` that it takes as transformers does; those below have one value that means "as it is".
 TAKEN = (
@@ -197,14 +199,29 @@ def _length(given: dict[str, Any], options: dict[str, Any], prompt: int) -> int:
     return length
 
 
+def uncovered(folder: Path) -> str | None:
+    """Why the engine cannot run a folder's model, as a sentence; None if it can."""
+    # The engine knows stock classes; to ask it about another would ask the user whether to run our own file.
+    if ours(folder):
+        return "its blocks are built by the modelling file in the folder."
+    config = read_config(folder)
+    if config.get_text_config() is not config:
+        return f"the language model of {config.model_type} is one part of a larger one."
+    return covers(config)
+
+
 def open_model(folder: Path, values: str = "lossless", context: int | None = None) -> PackedModel:
     """The model of a packed or ordinary folder in the engine.
 
     Raises:
-        PrunusError: the folder is damaged, or the engine does not cover the architecture.
+        NotCovered: the engine does not cover the architecture.
+        PrunusError: the folder is damaged.
     """
+    problem = uncovered(folder)
+    if problem:
+        raise NotCovered(f"The packed engine does not cover {folder.name}: {problem} Run it by transformers.")
     config = read_config(folder)
-    engine = Engine(config.get_text_config(), engine_weights(folder, values), context=context)
+    engine = Engine(config, engine_weights(folder, values), context=context, verify=False)
     return PackedModel(engine, config, generation_config(folder) or GenerationConfig.from_model_config(config))
 
 
