@@ -313,7 +313,7 @@ def test_what_the_engine_does_not_cover_runs_with_sparse_modules_and_a_note(conf
     assert isinstance(packed, PackedModel) == engine
     assert bool(caplog.records) != engine
     if not engine:
-        with pytest.raises(NotCovered, match="does not cover dense: .* Run it by transformers"):
+        with pytest.raises(NotCovered, match=r"does not cover dense: .* Run it by transformers"):
             open_model(tmp_path / "dense")
     assert off(packed, model) < 1e-5
     assert off(packed, model, IDS[:, :4]) < 1e-5
@@ -355,11 +355,13 @@ def test_generate_on_the_command_line(folders, capsys):
         ("config.json", {"head_dim": 0}, "cannot build"),
         ("config.json", {"num_key_value_heads": 3}, "the config"),
         ("config.json", {"vocab_size": -5}, "cannot build"),
+        ("config.json", {"num_hidden_layers": 4}, "no place for model"),
+        ("config.json", {"num_hidden_layers": -1}, "no place for"),
         ("config.json", {"max_position_embeddings": "many"}, "config.json cannot be used"),
         ("config.json", {"prunus_format": ["packed"]}, "does not know"),
         ("generation_config.json", [], "remove it"),
     ],
-    ids=lambda value: " ".join(value) if isinstance(value, dict) else None,
+    ids=lambda value: "-".join(f"{key} {one}" for key, one in value.items()) if isinstance(value, dict) else None,
 )
 def test_a_folder_whose_json_is_damaged_is_refused(file, changed, says, folders, tmp_path):
     folder = shutil.copytree(folders / "int8", tmp_path / "damaged")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -68,13 +68,32 @@ def load_dense(folder: Path, *, device: str = "cpu", dtype: str = "auto", keep: 
     model = skeleton(folder, kind)
     with quiet():
         weights = Weights(model, Restored(packed), place)  # type: ignore[arg-type]
-        left = set(keep)
-        weights.load(weights.known(name for name in packed.entries if name not in left))
+        known, left = weights.known(packed.entries), set(keep)
+        check_places(packed, known)
+        weights.load(name for name in known if name not in left)
         model.tie_weights()
     for part in (model.config, model.config.get_text_config()):
         part.use_cache = True
     model.generation_config = generation_config(folder) or model.generation_config
     return model.eval()
+
+
+def check_places(packed: PackedFolder, known: Collection[str]) -> None:
+    """See that the configuration has a place for every packed matrix: what it has none for is left out unsaid.
+
+    Args:
+        packed: the folder.
+        known: names of tensors that become part of the model.
+
+    Raises:
+        ModelError: it has not, as where it counts fewer blocks.
+    """
+    lost = next((name for name, entry in packed.entries.items() if entry.form == "packed" and name not in known), None)
+    if lost is not None:
+        raise ModelError(
+            f"{packed.folder}: the configuration has no place for {lost}. Its config.json does not belong to its "
+            "weights."
+        )
 
 
 def generation_config(folder: Path) -> GenerationConfig | None:

@@ -16,7 +16,7 @@ from prunus.models.source import is_packed
 from prunus.models.weights import Weights
 from prunus.packed.folder import VALUES, PackedFolder, Read
 from prunus.packed.layout import Layout, layout
-from prunus.packed.model import Restored
+from prunus.packed.model import Restored, check_places
 from prunus.packed.orders import read_orders
 from prunus.packed.pack import quantize_dense
 from prunus.packed.writing import form
@@ -47,6 +47,7 @@ def engine_weights(folder: Path, values: str = "lossless") -> dict[str, Read]:
 def _packed(folder: Path) -> tuple[dict[str, str], Callable[[], Iterator[tuple[str, Read]]]]:
     packed = PackedFolder.open(folder)
     names = parameters(folder, Restored(packed))
+    check_places(packed, names)
     return names, lambda: ((name, packed.read(name)) for name in names)
 
 
