@@ -55,7 +55,7 @@ def load_sparse(folder: Path, native: Native) -> Any:
     plain = skeleton(folder)
     view: Any = Restored(packed)  # looks like a Checkpoint
     weights = Weights(plain, view, torch.device("cpu"))
-    modules = dict(plain.named_modules())
+    modules: dict[str, Any] = dict(plain.named_modules())
     chosen = {}
     for name, entry in packed.entries.items():
         target = weights.targets[name][0]
