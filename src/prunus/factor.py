@@ -128,15 +128,24 @@ class UnitDiagonal:
         Raises:
             CalibrationError: if inputs were NaN or infinite.
         """
-        hessian = _finite(stats)
-        diagonal = hessian.diagonal()
-        live = diagonal > 0
-        given = diagonal.double()
-        damping = self.damp * given[live].mean() if bool(live.any()) else 0.0
-        scale = torch.where(live, given + damping, 1.0).sqrt().to(hessian.dtype)
-        hessian.div_(scale).div_(scale[:, None])
-        diagonal.fill_(1.0)
-        return Unit(hessian, _inverse(hessian), scale)
+        return unit_diagonal(_finite(stats), self.damp)
+
+
+def unit_diagonal(hessian: Tensor, damp: float) -> Unit:
+    """Damp and rescale a Hessian, in place.
+
+    Args:
+        hessian: `[in, in]`, symmetric; nobody else's.
+        damp: as in `UnitDiagonal`.
+    """
+    diagonal = hessian.diagonal()
+    live = diagonal > 0
+    given = diagonal.double()
+    damping = damp * given[live].mean() if bool(live.any()) else 0.0
+    scale = torch.where(live, given + damping, 1.0).sqrt().to(hessian.dtype)
+    hessian.div_(scale).div_(scale[:, None])
+    diagonal.fill_(1.0)
+    return Unit(hessian, _inverse(hessian), scale)
 
 
 def _inverse(hessian: Tensor) -> Tensor:

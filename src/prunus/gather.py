@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from typing import Any
 
 from torch import Tensor, nn
 
@@ -13,6 +12,39 @@ from prunus.errors import ModelError
 from prunus.models.experts import is_experts, observing
 from prunus.sites import Block
 from prunus.statistics import SiteStats, Statistic
+
+
+@contextmanager
+def inputs_shown(block: Block, show: Callable[[str, Tensor], object]) -> Iterator[None]:
+    """Inside the context, every matrix among a block's slots shows its inputs `[…, in]` whenever it runs.
+
+    Args:
+        block: loaded.
+        show: called with the name of the matrix and its inputs.
+    """
+    names = {slot.info.name for slot in block.slots}
+
+    def one(name: str) -> Callable[[nn.Module, tuple], None]:
+        def hook(module: nn.Module, args: tuple) -> None:
+            show(name, args[0])
+
+        return hook
+
+    def stack_of(path: str) -> Callable[[str, Tensor], None]:
+        def observe(matrix: str, inputs: Tensor) -> None:
+            if f"{path}.{matrix}" in names:
+                show(f"{path}.{matrix}", inputs)
+
+        return observe
+
+    with ExitStack() as stack:
+        for path, module in block.module.named_modules():
+            name = f"{block.name}.{path}" if path else block.name
+            if is_experts(module):
+                stack.enter_context(observing(module, stack_of(name)))
+            elif name in names:
+                stack.callback(module.register_forward_pre_hook(one(name)).remove)
+        yield
 
 
 class Gatherer:
@@ -36,14 +68,7 @@ class Gatherer:
     @contextmanager
     def watching(self) -> Iterator[Gatherer]:
         """Inside the context, every forward of the block is observed; the modules are as before afterwards."""
-        with ExitStack() as stack:
-            for path, module in self.block.module.named_modules():
-                name = f"{self.block.name}.{path}" if path else self.block.name
-                if is_experts(module):
-                    stack.enter_context(observing(module, self._expert_observer(name)))
-                elif name in self.slots:
-                    handle = module.register_forward_pre_hook(self._hook(name))
-                    stack.callback(handle.remove)
+        with inputs_shown(self.block, self._observe):
             yield self
 
     def begin(self, samples: int) -> None:
@@ -66,19 +91,6 @@ class Gatherer:
                 if not all(statistic.finite() for statistic in own):
                     raise ModelError(f"The inputs of {name} are NaN or infinite on the calibration text.")
         return {name: self.stats[leader] for name, leader in self.leaders.items()}
-
-    def _hook(self, name: str) -> Any:
-        def observe(module: nn.Module, args: tuple) -> None:
-            self._observe(name, args[0])
-
-        return observe
-
-    def _expert_observer(self, path: str) -> Any:
-        def observe(matrix: str, inputs: Tensor) -> None:
-            if f"{path}.{matrix}" in self.slots:
-                self._observe(f"{path}.{matrix}", inputs)
-
-        return observe
 
     def _observe(self, name: str, inputs: Tensor) -> None:
         if not self.samples or not self.needs:

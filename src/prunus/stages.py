@@ -47,6 +47,10 @@ def run(
     if pruned is None:
         from prunus.engine import prune
 
+        if recipe.recover is not None:
+            from prunus.recovery.stage import check_place
+
+            check_place(recipe, pruning, Path(recipe.out), overwrite)
         # What a recovery is to mend is judged behind it.
         judged = None if recipe.recover is not None else recipe.evaluate
         bare = recipe.model_copy(update={"recover": None, "evaluate": judged})

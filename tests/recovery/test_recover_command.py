@@ -121,6 +121,22 @@ def test_a_recipe_prunes_recovers_and_evaluates_once(tmp_path: Path, capsys: pyt
     assert (tmp_path / "out-pruned" / "config.json").is_file()
     assert main(["run", str(recipe), "-q", "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["skipped"] == ["prune", "recover", "evaluate"]
+    # The pruned model, made again after it was removed, has the same recovery, which is still there.
+    shutil.rmtree(tmp_path / "out-pruned")
+    assert main(["run", str(recipe), "-q", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["skipped"] == ["recover", "evaluate"]
+
+
+def test_a_place_that_is_taken_is_seen_before_anything_is_pruned(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    recipe, out = tmp_path / "recipe.yaml", tmp_path / "out"
+    recipe.write_text(f"model: {MODEL}\nout: out\nprune: {{method: magnitude}}\nrecover: {{method: norms}}\n")
+    out.mkdir()
+    (out / "config.json").write_text("{}")
+    assert main(["run", str(recipe), "-q"]) == 2
+    assert f"OUT {out} exists" in " ".join(capsys.readouterr().err.split())
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "recipe.yaml"]
 
 
 @pytest.mark.parametrize(

@@ -1,18 +1,18 @@
 """What can be made up for without training: kept weights, scales and biases in closed form, from sums over the inputs.
 
-All minimise ‖(W - Ŵ)·x‖² over the inputs x that the pruned matrix sees, Ŵ being zero where the mask is: `refit` over
-every kept weight, `rescaled` over one factor for each column and then each row, `shifted` over the bias alone.
+All minimise Σ w·‖t - Ŵ·x‖² over the inputs x that the pruned matrix sees, t being what it should give for them and Ŵ
+zero where the mask is: `Refit` over every kept weight, `Rescaled` over one factor for each column and then each row.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from prunus.factor import UnitDiagonal
-from prunus.statistics import Gram, InputMoments, SiteStats
+from prunus.factor import Unit
 from prunus.updates.keep import zeroed
 from prunus.updates.least_squares import LeastSquares, refit
 
@@ -20,23 +20,49 @@ from prunus.updates.least_squares import LeastSquares, refit
 DAMP = 0.01
 
 
-@dataclass(frozen=True)
-class Refit:
-    """The kept weights that lose least for this mask: least squares in every row, begun with the dense weights."""
+@dataclass(frozen=True, eq=False)
+class Aims:
+    """What one matrix sees and should give, summed over tokens with their weights w.
 
-    needs = frozenset({Gram})
+    Attributes:
+        hessian: Σ w·x·xᵀ `[in, in]`.
+        images: Σ w·t·xᵀ `[out, in]`.
+        unit: of `hessian`, damped by `DAMP`.
+    """
 
-    def __call__(self, pruned: Tensor, dense: Tensor, mask: Tensor, stats: SiteStats) -> Tensor:
+    hessian: Tensor
+    images: Tensor
+    unit: Unit
+
+
+class Form(Protocol):
+    """A closed form."""
+
+    def __call__(self, pruned: Tensor, base: Tensor, mask: Tensor, aims: Aims) -> Tensor:
         """The new weight, float32 `[out, in]`, +0.0 where the mask is False.
 
         Args:
-            pruned: Ŵ `[out, in]`; not used, since every kept weight is found anew.
-            dense: W `[out, in]`.
+            pruned: Ŵ `[out, in]`.
+            base: what it goes back to where the inputs say nothing, usually the dense weight W `[out, in]`.
             mask: bool `[out, in]`, True = kept.
-            stats: of the inputs of the pruned matrix.
+            aims: in float32.
         """
-        unit = stats.derive(UnitDiagonal(DAMP)).to(torch.float32)
-        wanted = dense.float()
+        ...
+
+
+@dataclass(frozen=True)
+class Refit:
+    """The kept weights that lose least for this mask: least squares in every row.
+
+    Without a mask the best weight is W + (Σ w·t·xᵀ - W·H)·(H + λ)⁻¹, damped towards W; from there on it is the update
+    `lsq` of pruning. With t = W·x it begins at W itself.
+    """
+
+    def __call__(self, pruned: Tensor, base: Tensor, mask: Tensor, aims: Aims) -> Tensor:
+        """See `Form`; `pruned` is not used, since every kept weight is found anew."""
+        unit, wanted = aims.unit, base.float()
+        missing = aims.images - wanted @ aims.hessian
+        wanted = wanted + (missing.div_(unit.scale) @ unit.inverse).div_(unit.scale)
         change = refit(unit, zeroed(wanted * unit.scale, ~mask).neg_(), mask, LeastSquares(damp=DAMP))
         return zeroed(wanted + change.div_(unit.scale), mask)
 
@@ -45,31 +71,20 @@ class Refit:
 class Rescaled:
     """One factor for each column, then one for each row: diag(r)·Ŵ·diag(c), both exact minima in their turn."""
 
-    needs = frozenset({Gram})
+    def __call__(self, pruned: Tensor, base: Tensor, mask: Tensor, aims: Aims) -> Tensor:
+        """See `Form`; `base` is not used.
 
-    def __call__(self, pruned: Tensor, dense: Tensor, mask: Tensor, stats: SiteStats) -> Tensor:
-        """The new weight, as `Refit`.
-
-        The columns solve (ŴᵀŴ ∘ H)·c = diag(Ŵᵀ·W·H), the row o then has (w_o·H·ŵ_o) / (ŵ_o·H·ŵ_o). An input that
-        never fires, a column or a row without kept weights keeps the factor 1.
+        With T = Σ w·t·xᵀ the columns solve (ŴᵀŴ ∘ H)·c = diag(Ŵᵀ·T), the row o then has (T_o·ŵ_o) / (ŵ_o·H·ŵ_o). An
+        input that never fires, a column or a row without kept weights keeps the factor 1.
         """
-        hessian, own, wanted = stats[Gram].hessian.double(), pruned.double(), dense.double()
-        images = wanted @ hessian
+        hessian, own, images = aims.hessian.double(), pruned.double(), aims.images.double()
         system = (own.T @ own) * hessian
         live = system.diagonal() > 0
         system.diagonal().add_(
             torch.where(live, 1e-6 * system.diagonal()[live].mean() if bool(live.any()) else 1.0, 1.0)
         )
-        aims = (own * images).sum(0)
-        columns = torch.where(live, torch.linalg.solve(system, aims), 1.0)
+        columns = torch.where(live, torch.linalg.solve(system, (own * images).sum(0)), 1.0)
         own = own * columns
         curvature = ((own @ hessian) * own).sum(1)
         rows = torch.where(curvature > 0, (images * own).sum(1) / curvature, 1.0)
         return zeroed((own * rows[:, None]).float().contiguous(), mask)
-
-
-def shifted(weight: Tensor, dense: Tensor, stats: SiteStats) -> Tensor:
-    """What the bias must be raised by so that the mean output is the dense one: (W - Ŵ)·E[x], float32 `[out]`."""
-    moments = stats[InputMoments]
-    mean = moments.mean * (moments.samples / max(moments.tokens, 1))  # a sum over a sequence there
-    return (dense.float() - weight.float()) @ mean

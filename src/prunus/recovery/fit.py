@@ -23,12 +23,16 @@ class Lesson:
         targets: likewise.
         weights: of each token's squared error, `[samples, length, 1]`; they add up to 1 / d over all lessons, after
             division by the energy that errors are relative to.
+        beside: how the dense model calls its block.
+        source: what the dense part was given for the targets, on the CPU.
     """
 
     call: Call
     inputs: Tensor
     targets: Tensor
     weights: Tensor
+    beside: Call
+    source: Tensor
 
 
 @dataclass(frozen=True)

@@ -75,8 +75,8 @@ class Walk:
         for slot in block.slots:
             clear(slot.matrix(), self.job.masks)  # a foreign checkpoint may hold -0.0
         for facing in facings:
-            inputs, targets = self._aims(facing)
-            found = rebuild(self.how, self.job, facing, self._lessons(facing, inputs, targets), self.together)
+            lessons, targets = self._lessons(facing)
+            found = rebuild(self.how, self.job, facing, lessons, self.together)
             self._pass_on(facing, targets, found.found if self.how.inputs == "pruned" else None)
             self._say(facing, found)
             changed |= {f"{block.name}.{path}" for path in vectors(facing.part, self.how.norms)}
@@ -87,24 +87,26 @@ class Walk:
         return report
 
     def _aims(self, facing: Facing) -> tuple[list[Tensor], list[Tensor]]:
-        """Inputs and targets of a part for every batch."""
-        own, dense = self.text.text, self.text.original
-        sources = own if self._local else dense
-        targets = [
-            self.text.run(facing.twin, facing.same, batch, hidden(source))
-            for batch, source in zip(dense, sources, strict=True)
-        ]
-        return [hidden(batch) for batch in (own if self.how.inputs == "pruned" else dense)], targets
+        """What the dense part is given for every batch, and what it gives."""
+        sources = [hidden(batch) for batch in (self.text.text if self._local else self.text.original)]
+        pairs = zip(self.text.original, sources, strict=True)
+        return sources, [self.text.run(facing.twin, facing.same, batch, source) for batch, source in pairs]
 
     @property
     def _local(self) -> bool:
         """Whether the dense part is shown the pruned model's hidden states, so that its own are not needed."""
         return self.how.target == "local" and self.how.inputs == "pruned"
 
-    def _lessons(self, facing: Facing, inputs: list[Tensor], targets: list[Tensor]) -> list[Lesson]:
+    def _lessons(self, facing: Facing) -> tuple[list[Lesson], list[Tensor]]:
+        """What the part is given and should give for every batch, and what the dense one gives."""
+        sources, targets = self._aims(facing)
+        own = self.text.text if self.how.inputs == "pruned" else self.text.original
         weights = weigh(targets, self.text.real, by_token=self.how.relative == "token")
         calls = [batch.calls[facing.block.name] for batch in self.text.text]
-        return [Lesson(*one) for one in zip(calls, inputs, targets, weights, strict=True)]
+        beside = [batch.calls[facing.twin.name] for batch in self.text.original]
+        inputs = [hidden(batch) for batch in own]
+        parts = zip(calls, inputs, targets, weights, beside, sources, strict=True)
+        return [Lesson(*one) for one in parts], targets
 
     def _pass_on(self, facing: Facing, targets: list[Tensor], found: list[Tensor] | None) -> None:
         """Give both models' text to the next part."""
@@ -139,6 +141,7 @@ def needed(job: RecoveryJob) -> dict[str, int]:
         "hidden states": 4 * tokens * model.config.get_text_config().hidden_size * size,
         # Pruned, dense, as given and as begun with; gradients, two moments and a copy in float32; masks.
         "blocks": block * (4 * size + 16 + 1),
-        "sums over inputs": 3 * 4 * inputs,
+        # Of the pruned inputs and across to the dense ones; damped, its inverse, and the next one begun.
+        "sums over inputs": 5 * 4 * inputs,
         "activations": 2 * BATCH_TOKENS * features * size,
     }

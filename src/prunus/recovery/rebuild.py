@@ -9,23 +9,21 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from prunus.distributed import Processes
 from prunus.errors import ModelError
-from prunus.gather import Gatherer
 from prunus.recovery.abreast import Facing
-from prunus.recovery.compensate import Refit, Rescaled, shifted
+from prunus.recovery.compensate import Form, Refit, Rescaled
 from prunus.recovery.fit import Fitted, Lesson, fit, outputs
 from prunus.recovery.masks import clear
+from prunus.recovery.pairs import Meeting, Met, Wanted, closing, meet, meet_end
 from prunus.recovery.trainables import Direct, Together, Trainable, kept, low_rank, vectors
-from prunus.sites import Block
-from prunus.statistics import Gram, InputMoments, SiteStats
+from prunus.sites import Slot
 
 if TYPE_CHECKING:
     from prunus.recovery.job import RecoveryJob
     from prunus.recovery.reconstruct import Reconstruct
 
 # Closed forms before the training, by name.
-STARTS = {"refit": Refit(), "scales": Rescaled()}
+STARTS: dict[str, Form] = {"refit": Refit(), "scales": Rescaled()}
 
 # An error above this is no error of pruning: the model has come apart.
 BROKEN = 1e6
@@ -80,15 +78,18 @@ def rebuild(how: Reconstruct, job: RecoveryJob, facing: Facing, lessons: Sequenc
     stored = _stored(facing, how)
     given = _copies(stored)
     with part.alone():
-        stats, first, shares = _gather(how, facing, lessons, device)
-        before = sum(shares)
+        form = STARTS.get(how.start)
+        last = closing(facing, lessons[0], device) if form else None
+        met = meet(facing, last, lessons, device) if form else Met({}, *outputs(facing.block.module, lessons, device))
+        before = sum(met.shares)
         if not before < BROKEN:
             raise ModelError(
                 f"{facing.block.name}: behind {part.name or 'it'} the hidden states of the pruned model are not finite "
                 "or lie far from the dense ones. Is this the dense model that was pruned (--dense)?"
             )
-        _start(how, job, facing, stats)
-        del stats
+        if form is not None:
+            _start(form, job, facing, last, lessons, met.meetings)
+        met.meetings.clear()
         _round(job, facing, stored)
         least = sum(outputs(facing.block.module, lessons, device)[1])
         if not least <= before:  # what is best for every matrix alone need not be for all together
@@ -99,7 +100,7 @@ def rebuild(how: Reconstruct, job: RecoveryJob, facing: Facing, lessons: Sequenc
         if after < before:
             return Rebuilt(before, after, found, count, fitted, given=False)
     _put(stored, given)
-    return Rebuilt(before, before, first, count, fitted, given=True)
+    return Rebuilt(before, before, met.found, count, fitted, given=True)
 
 
 def _trained(
@@ -145,48 +146,40 @@ def _stored(facing: Facing, how: Reconstruct) -> dict[str, nn.Parameter]:
     return found | {f"{facing.block.name}.{path}": value for path, value in vectors(facing.part, how.norms).items()}
 
 
-def _gather(
-    how: Reconstruct, facing: Facing, lessons: Sequence[Lesson], device: torch.device
-) -> tuple[dict[str, SiteStats], list[Tensor], list[float]]:
-    """Sums over the inputs of the part's matrices as it is given, its outputs, and every lesson's error."""
-    needs: set[type] = set()
-    if how.start in STARTS:
-        needs = {Gram, InputMoments} if _biases(facing) else {Gram}
-    block = facing.block
-    gatherer = Gatherer(
-        Block(block.name, block.tower, block.index, block.module, list(facing.part.slots)), frozenset(needs)
-    )
-    found, shares = [], []
-    with gatherer.watching():
-        for lesson in lessons:
-            gatherer.begin(len(lesson.inputs))
-            one, more = outputs(block.module, [lesson], device)
-            found, shares = found + one, shares + more
-    return gatherer.finish(Processes()), found, shares
-
-
-def _biases(facing: Facing) -> bool:
-    return any(getattr(slot.module, "bias", None) is not None for slot in facing.part.slots if slot.expert is None)
-
-
 @torch.no_grad()
-def _start(how: Reconstruct, job: RecoveryJob, facing: Facing, stats: dict[str, SiteStats]) -> None:
-    """Closed forms, matrix by matrix; a matrix that no token reached or that has another shape stays as it is."""
-    form = STARTS.get(how.start)
-    if form is None:
-        return
+def _start(
+    form: Form,
+    job: RecoveryJob,
+    facing: Facing,
+    last: Slot | None,
+    lessons: Sequence[Lesson],
+    meetings: dict[str, Meeting],
+) -> None:
+    """Closed forms, matrix by matrix, the one that closes the part last and on the inputs that it then has.
+
+    A matrix that no token reached stays as it is, and one of another shape than its twin, unless it closes the part.
+    """
     twins = {slot.info.name: slot for slot in facing.same.slots}
     for slot in facing.part.slots:
-        matrix, known = slot.matrix(), stats[slot.info.name]
         twin = twins.get(slot.info.name)
-        if known.unseen or twin is None or twin.info.shape != slot.info.shape:
+        if slot.info.name not in meetings or twin is None or twin.info.shape != slot.info.shape:
             continue
-        dense, mask = twin.matrix().weight, job.masks.keep(slot.info.name, matrix.weight.device)
-        matrix.weight.copy_(form(matrix.weight, dense, mask, known))
-        bias = getattr(slot.module, "bias", None) if slot.expert is None else None
-        if bias is not None:
-            shift, own = shifted(matrix.weight, dense, known), getattr(twin.module, "bias", None)
-            bias.copy_(shift if own is None else own + shift)
+        wanted = Wanted(twin.matrix().weight, None if slot.expert is not None else getattr(twin.module, "bias", None))
+        _solve(form, job, slot, twin.matrix().weight, meetings[slot.info.name], wanted)
+    if last is not None:
+        twin = twins.get(last.info.name)
+        same = twin is not None and twin.info.shape == last.info.shape
+        base = twin.matrix().weight if same and twin is not None else last.matrix().weight.clone()
+        _solve(form, job, last, base, meet_end(facing, last, lessons, job.device), Wanted())
+
+
+def _solve(form: Form, job: RecoveryJob, slot: Slot, base: Tensor, met: Meeting, wanted: Wanted) -> None:
+    """Write the weight that a closed form gives, and the bias that belongs to it if there is one."""
+    weight, mask = slot.matrix().weight, job.masks.keep(slot.info.name, base.device)
+    bias = getattr(slot.module, "bias", None) if slot.expert is None else None
+    weight.copy_(form(weight, base, mask, met.aims(wanted, centred=bias is not None)))
+    if bias is not None:
+        bias.copy_(met.bias(wanted, weight))
 
 
 def _trainable(how: Reconstruct, job: RecoveryJob, facing: Facing) -> Trainable:

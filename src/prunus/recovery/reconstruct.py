@@ -51,7 +51,7 @@ class Reconstruct:
     norms: bool = False
     rank: int = 16
     alpha: float = 32.0
-    lr: float = 0.04
+    lr: float = 0.02
     epochs: int = 1
     batch: int = 1
     warmup: float = 0.05
