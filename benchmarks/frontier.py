@@ -150,7 +150,10 @@ def dense_rows(source: Path, given: argparse.Namespace, rows: Rows, text: dict[s
         except PrunusError as problem:
             print(f"{name}: {problem}", flush=True)
             continue
-        rows.add(name, {"group": group, "sparsity": 0.0, **row, **timed(found, engine)})
+        speed = timed(found, engine)
+        if engine not in found and row.get("note"):  # else the bench, which made the file too, said the same
+            speed["note"] += f"; {row['note']}"
+        rows.add(name, {"group": group, "sparsity": 0.0, **row, **speed})
     shutil.rmtree(given.folder / "gguf", ignore_errors=True)
 
 
@@ -173,7 +176,7 @@ def gguf(source: Path, given: argparse.Namespace, text: dict[str, Any], kind: st
     """A file of llama.cpp on the tokens of the same windows."""
     folder = given.folder / "gguf"
     folder.mkdir(parents=True, exist_ok=True)
-    prepare(source, folder, kind)
+    note = prepare(source, folder, kind)
     file = folder / f"model-{kind}.gguf"
     plan = cut(read(text["text"], purpose="evaluation"), source, LENGTH, "auto")
     pairs = [plan.pair(number) for number in range(text["windows"])]
@@ -181,7 +184,7 @@ def gguf(source: Path, given: argparse.Namespace, text: dict[str, Any], kind: st
     for inputs, targets in pairs:
         _, (logits,) = run_llama(file, [], [inputs[0].tolist()])
         losses.append(torch.nn.functional.cross_entropy(logits[: len(targets)].double(), targets).item())
-    return {"perplexity": math.exp(math.fsum(losses) / len(losses)), "file_bytes": file.stat().st_size}
+    return {"perplexity": math.exp(math.fsum(losses) / len(losses)), "file_bytes": file.stat().st_size, "note": note}
 
 
 MADE: dict[str, Callable[..., dict[str, Any]]] = {"hf-fp32": transformers, "dense-int8": dense_int8}

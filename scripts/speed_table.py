@@ -10,6 +10,7 @@ from typing import Any
 
 RESULTS = Path(__file__).resolve().parent.parent / "benchmarks" / "results"
 SCRATCH = re.compile(r"\S*/prunus-bench-[^/\s]+/")  # where a benchmark made its files, gone by now
+ALIKE = ("windows", "length", "text", "method", "samples", "threads")  # rows of a frontier compare where these agree
 NAMES = {"smollm2": "SmolLM2-135M", "1.1b": "1.1 B"}
 # What was promised: words, variant of speed.py, baseline, phase, and by model what to reach and what to aim at.
 SMALL, LARGE = "smollm2", "1.1b"
@@ -139,12 +140,26 @@ def pattern_cost() -> str:
 
 
 def frontier(model: str = "smollm2") -> str:
-    """Every packed variant and llama.cpp's of a model: perplexity, speed, size, and which no other beats in all."""
+    """Every packed variant and llama.cpp's of a model: perplexity, speed, size, and which no other beats in all.
+
+    Rows that were measured otherwise (on other windows, by another method) are not comparable: each way has a table.
+    """
     path = RESULTS / "frontier.jsonl"
     lines = path.read_text("utf-8").splitlines() if path.is_file() else []
-    rows = [row for row in map(json.loads, lines) if row["model"] == model]
-    if not rows:
+    alike: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
+    for row in map(json.loads, lines):
+        if row["model"] == model:
+            alike.setdefault(tuple(row[key] for key in ALIKE), []).append(row)
+    if not alike:
         return _missing(f"benchmarks/frontier.py run --model {model} --folder SCRATCH")
+    picture = RESULTS.parent.parent / "docs" / f"frontier-{Path(model).name}.svg"
+    # The picture is of one way alone; benchmarks/frontier.py refuses to draw more.
+    shown = [f"![Perplexity against decode speed and size]({picture.name})"] if picture.is_file() else []
+    return "\n\n".join([*(shown if len(alike) == 1 else []), *(_frontier(model, rows) for rows in alike.values())])
+
+
+def _frontier(model: str, rows: Sequence[Mapping[str, Any]]) -> str:
+    """The table of rows that were measured alike."""
     cells = []
     for row in sorted(rows, key=lambda row: row["perplexity"]):
         speeds = ["-", "-"] if row["speed"] is None else [f"{row['tokens_per_second']:,.1f}", f"{row['speed']:.2f} ×"]
@@ -160,9 +175,7 @@ def frontier(model: str = "smollm2") -> str:
         "int8 loop in the same run. *Beaten by none*: nothing else here is at least as good in perplexity, speed and "
         "size and better in one. Made by `benchmarks/frontier.py`."
     )
-    picture = RESULTS.parent.parent / "docs" / f"frontier-{Path(model).name}.svg"
-    shown = [f"![Perplexity against decode speed and size]({picture.name})"] if picture.is_file() else []
-    return "\n\n".join([*shown, _table(head, cells, right=range(1, 5)), *notes, below])
+    return "\n\n".join([_table(head, cells, right=range(1, 5)), *notes, below])
 
 
 def _beats(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:

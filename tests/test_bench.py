@@ -5,14 +5,19 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import numpy
 import pytest
+from gguf import GGML_QUANT_SIZES, GGUFWriter
+from gguf import GGMLQuantizationType as Kind
 
 import prunus
-from prunus.bench import KINDS
+from prunus.bench import KINDS, llama
 from prunus.bench.run import Setup, bench
 from prunus.bench.text import bench_text
 from prunus.cli import main
-from prunus.errors import PrunusError, RecipeError
+from prunus.errors import FormatError, PrunusError, RecipeError
+from prunus.formats import FORMATS
+from prunus.formats.gguf_check import OtherLogits
 from prunus.runtime.native import available
 
 STORIES = Path(__file__).parent / "assets" / "stories260k"
@@ -104,12 +109,72 @@ def test_one_variant_that_cannot_be_discards_no_other_and_one_that_dies_is_tried
     assert "b: not repacked." in bench_text(found)
 
 
+class Writer:
+    """Stands in for the export to GGUF, which leaves a file behind and raises what it is given."""
+
+    def __init__(self, problem: Exception | None) -> None:
+        self.problem, self.written = problem, 0
+
+    def write(self, source: Path, out: Path, settings: object) -> None:
+        self.written += 1
+        out.write_bytes(b"half")
+        if self.problem:
+            raise self.problem
+
+
+def test_other_logits_of_llama_cpp_are_said_of_every_file_made_of_them(monkeypatch, tmp_path):
+    writer = Writer(OtherLogits("llama.cpp computes other logits"))
+    monkeypatch.setitem(FORMATS, "gguf", writer)
+    assert llama.prepare(tmp_path, tmp_path, "f16") == "llama.cpp computes other logits"
+    monkeypatch.setattr(llama.subprocess, "run", lambda command, **_: Path(command[5]).touch() or Done)
+    assert llama.prepare(tmp_path, tmp_path, "q8_0") == "llama.cpp computes other logits"
+    assert writer.written == 1
+
+
+def test_a_half_written_file_is_never_quantised(monkeypatch, tmp_path):
+    monkeypatch.setitem(FORMATS, "gguf", Writer(FormatError("the disk is full")))
+    for variant in ("f16", "q4_0"):
+        with pytest.raises(FormatError, match="disk is full"):
+            llama.prepare(tmp_path, tmp_path, variant)
+
+
+class Done:
+    """Of a process that went well."""
+
+    returncode = 0
+
+
+def k_quants(file, columns):
+    """A GGUF file with a matrix of each of these types and widths, and a vector."""
+    writer = GGUFWriter(file, "llama")
+    for number, (kind, width) in enumerate(columns):
+        weights, size = GGML_QUANT_SIZES[kind]
+        blocks = numpy.zeros((3, width // weights * size), dtype=numpy.uint8)
+        writer.add_tensor(f"{number}.weight", blocks, raw_dtype=kind)
+    writer.add_tensor("norm.weight", numpy.zeros(7, dtype=numpy.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+def test_types_that_stand_in_for_k_quants_are_said(tmp_path):
+    whole = [(Kind.Q2_K, 256), (Kind.Q3_K, 512)]
+    k_quants(tmp_path / "whole.gguf", whole)
+    assert llama._fallbacks(tmp_path / "whole.gguf") == ""
+    k_quants(tmp_path / "odd.gguf", [*whole, (Kind.Q5_0, 64), (Kind.Q8_0, 32), (Kind.Q5_0, 576)])
+    assert "3 of 5 matrices" in llama._fallbacks(tmp_path / "odd.gguf")
+    assert "(2 Q5_0, 1 Q8_0)" in llama._fallbacks(tmp_path / "odd.gguf")
+
+
 @pytest.mark.parametrize(
     ("words", "says"),
     [
         (["--against", "hf-fp64"], "no baseline 'hf-fp64'"),
         (["--tokens", "1"], "at least 2"),
         (["--rounds", "many"], "whole number"),
+        (["--prompt", "513"], "the model has 512 here"),
+        (["--tokens", "512"], "529 positions"),
         (["--values", "int8"], "packed already"),
     ],
     ids=lambda value: value[0] if isinstance(value, list) else None,

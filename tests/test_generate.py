@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 from pathlib import Path
 from typing import Any
@@ -117,6 +118,12 @@ def test_a_slip_is_answered_in_one_sentence(words: list[str], part: str, capsys:
     assert main(["generate", str(MODEL), "--prompt", PROMPT, *words]) == 2
     captured = capsys.readouterr()
     assert captured.out == "" and part in captured.err and "Traceback" not in captured.err
+
+
+def test_standard_input_that_is_no_text_is_refused(monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"once \xff"), encoding="utf-8"))
+    assert main(["generate", str(MODEL), "--prompt", "-"]) == 2
+    assert "no UTF-8" in capsys.readouterr().err
 
 
 def test_ids_beyond_the_vocabulary_are_refused(model: Any) -> None:

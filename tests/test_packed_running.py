@@ -3,20 +3,26 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import json
 import logging
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, Qwen2Config, StableLmConfig
+from transformers import AutoModelForCausalLM, Gemma3Config, Qwen2Config, StableLmConfig
 
 import prunus
 from prunus.cli import main
-from prunus.errors import RecipeError
+from prunus.decoding.sampling import Sampling
+from prunus.errors import ModelError, PrunusError, RecipeError
 from prunus.packed.linear import SparseLinear, load_sparse
+from prunus.packed.pack import pack
 from prunus.packed.running import PackedModel, open_model
 from prunus.packed.weights import engine_weights
+from prunus.runtime.engine import Engine
+from prunus.runtime.kernels import Linear
 from prunus.runtime.native import available
 from prunus.runtime.plan import NotCovered
 
@@ -136,6 +142,87 @@ def test_min_p_is_that_of_transformers(folders):
 
 
 @kernels
+def test_a_choice_out_of_range_is_refused_and_zero_is_a_number(folders):
+    model = prunus.load(folders / "lossless")
+    draw = {"do_sample": True, "max_new_tokens": 4, "generator": torch.Generator().manual_seed(0)}
+    for odd in ({"temperature": 0.0}, {"top_k": -1}, {"top_p": 1.5}, {"min_p": 2}, {"repetition_penalty": 0.0}):
+        with pytest.raises(RecipeError, match=f"{next(iter(odd))}="):
+            model.generate(IDS, **draw, **odd)
+    greedy = model.generate(IDS, do_sample=False, max_new_tokens=4)
+    assert torch.equal(model.generate(IDS, top_p=0.0, temperature=3.0, **draw), greedy)  # the likeliest alone is left
+
+
+@kernels
+def test_a_token_with_the_id_0_ends_a_text(folders):
+    model = prunus.load(folders / "lossless")
+    how = Sampling(max_new_tokens=6)
+    first, *rest = model.stream(IDS[0].tolist(), how)
+    assert rest
+    model.generation_config = copy.deepcopy(model.generation_config)
+    model.generation_config.eos_token_id = 0
+    model.engine = Swapped(model.engine, first)
+    assert list(model.stream(IDS[0].tolist(), how)) == []
+
+
+class Swapped:
+    """An engine whose token `other` is called 0."""
+
+    def __init__(self, engine, other):
+        self.engine, self.other, self.context = engine, other, engine.context
+
+    def reset(self):
+        return self.engine.reset()
+
+    def prefill(self, ids, of):
+        logits = self.engine.prefill(ids, of=of)
+        logits[[0, self.other]] = logits[[self.other, 0]]
+        return logits
+
+
+@kernels
+def test_two_texts_at_once_are_refused_and_not_mixed(folders):
+    model = prunus.load(folders / "lossless")
+    one, two = (model.stream(ids, Sampling(max_new_tokens=5)) for ids in ([3, 4, 5], [6, 7]))
+    alone = list(model.stream([6, 7], Sampling(max_new_tokens=5)))
+    next(one)
+    first = next(two)
+    with pytest.raises(RecipeError, match="another was begun"):
+        next(one)
+    assert [first, *two] == alone
+
+
+@kernels
+def test_logits_that_are_no_numbers_are_told(folders):
+    weights = engine_weights(folders / "lossless")
+    huge = weights["model.norm.weight"] * 3e38
+    model = prunus.load(folders / "lossless")
+    model.engine = Engine(model.config, weights | {"model.norm.weight": huge})
+    for how in ({"do_sample": False}, {"do_sample": True}):
+        with pytest.raises(ModelError, match="not finite"):
+            model.generate(IDS, max_new_tokens=2, **how)
+
+
+@kernels
+def test_ids_of_no_text_are_refused(folders):
+    model = prunus.load(folders / "int8")
+    for ids in (torch.arange(3, 9), torch.zeros(1, 0).long(), torch.zeros(0, 4).long(), torch.ones(1, 3)):
+        for read in (model, model.generate):
+            with pytest.raises(RecipeError, match="texts, tokens"):
+                read(ids)
+
+
+@kernels
+def test_a_process_that_was_forked_does_not_wait_for_threads_that_it_lacks(folders):
+    model = prunus.load(folders / "int8")
+    native = dataclasses.replace(model.engine._native, process=-1)
+    model.engine._native = native
+    sparse = Linear(pack(torch.eye(16), "fp32"), native)
+    for compute in (lambda: model(IDS), lambda: sparse(torch.ones(16))):
+        with pytest.raises(PrunusError, match="before this process was forked"):
+            compute()
+
+
+@kernels
 def test_the_probe_reads_single_tokens_too(monkeypatch):
     from prunus.runtime import engine, probe
 
@@ -201,9 +288,21 @@ SIZES = {
 }  # fmt: skip
 
 
+GEMMA = Gemma3Config(
+    text_config={**SIZES, "head_dim": 8},
+    vision_config={
+        "hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2, "image_size": 28,
+        "patch_size": 14,
+    },
+    mm_tokens_per_image=4,
+)  # fmt: skip
+
+
 @kernels
 @pytest.mark.parametrize(
-    ("config", "engine"), [(Qwen2Config(**SIZES), True), (StableLmConfig(**SIZES), False)], ids=["covered", "other"]
+    ("config", "engine"),
+    [(Qwen2Config(**SIZES), True), (StableLmConfig(**SIZES), False), (GEMMA, False)],
+    ids=["covered", "other", "a part of a larger one"],
 )
 def test_what_the_engine_does_not_cover_runs_with_sparse_modules_and_a_note(config, engine, tmp_path, caplog):
     model = small(config)
@@ -213,6 +312,9 @@ def test_what_the_engine_does_not_cover_runs_with_sparse_modules_and_a_note(conf
         packed = prunus.load(tmp_path / "packed")
     assert isinstance(packed, PackedModel) == engine
     assert bool(caplog.records) != engine
+    if not engine:
+        with pytest.raises(NotCovered, match=r"does not cover dense: .* Run it by transformers"):
+            open_model(tmp_path / "dense")
     assert off(packed, model) < 1e-5
     assert off(packed, model, IDS[:, :4]) < 1e-5
     how = {"max_new_tokens": 6, "do_sample": False, "pad_token_id": 0}
@@ -244,14 +346,40 @@ def test_generate_on_the_command_line(folders, capsys):
     assert found[0]["tokens"] == 12
 
 
+@kernels
+@pytest.mark.parametrize(
+    ("file", "changed", "says"),
+    [
+        ("config.json", {"hidden_size": 128}, "does not belong to its weights"),
+        ("config.json", {"vocab_size": 100}, "does not belong to its weights"),
+        ("config.json", {"head_dim": 0}, "cannot build"),
+        ("config.json", {"num_key_value_heads": 3}, "the config"),
+        ("config.json", {"vocab_size": -5}, "cannot build"),
+        ("config.json", {"num_hidden_layers": 4}, "no place for model"),
+        ("config.json", {"num_hidden_layers": -1}, "no place for"),
+        ("config.json", {"max_position_embeddings": "many"}, "config.json cannot be used"),
+        ("config.json", {"prunus_format": ["packed"]}, "does not know"),
+        ("generation_config.json", [], "remove it"),
+    ],
+    ids=lambda value: "-".join(f"{key} {one}" for key, one in value.items()) if isinstance(value, dict) else None,
+)
+def test_a_folder_whose_json_is_damaged_is_refused(file, changed, says, folders, tmp_path):
+    folder = shutil.copytree(folders / "int8", tmp_path / "damaged")
+    before = json.loads((folder / file).read_text())
+    (folder / file).write_text(json.dumps(before | changed if changed else changed))
+    with pytest.raises(PrunusError, match=says):
+        prunus.load(folder)
+
+
 @pytest.mark.parametrize(
     ("words", "says"),
     [
         (["--prompt", " "], "prompt is empty"),
+        (["--prompt", "once \udcff"], "no UTF-8"),
         (["--prompt", "once", "--max-new-tokens", "1000"], "512 positions"),
         (["--prompt", "once", "--dtype", "bfloat16"], "CPU in float32"),
     ],
-    ids=["empty prompt", "too long", "dtype"],
+    ids=["empty prompt", "no text", "too long", "dtype"],
 )
 def test_bad_generate_is_refused(words, says, folders, capsys):
     assert main(["generate", str(folders / "int8"), *words]) == 2

@@ -89,15 +89,29 @@ def test_logits_and_greedy_tokens_are_those_of_transformers(family):
     assert list(engine.generate(ids, 24)) == tokens.tolist()
 
 
+# Every activation, caps, windows, partial rotation: what each instruction set has a code of its own for.
+VARIED = {
+    "gemma3": FAMILIES["gemma3"],
+    "exact gelu, capped logits": FAMILIES["gemma3 with caps"],
+    "capped scores": FAMILIES["gemma2"],
+    "silu, part rotated": FAMILIES["llama, a part of each head rotated"],
+    "relu": LlamaConfig(**SIZE, hidden_act="relu"),
+    "squared relu": LlamaConfig(**SIZE, hidden_act="relu2"),
+}
+
+
 @pytest.mark.parametrize("isa", runtime.runnable())
-@pytest.mark.parametrize("threads", [1, 3])
-def test_every_instruction_set_and_number_of_threads_decodes(isa, threads):
-    model = random_model(FAMILIES["gemma3"])
+@pytest.mark.parametrize("family", VARIED)
+def test_every_instruction_set_and_number_of_threads_decodes(isa, family):
+    model = random_model(VARIED[family])
     ids = text(20)
     with torch.no_grad():
         theirs = model(input_ids=ids[None], use_cache=False).logits[0]
-    engine = Engine(model.config, dict(model.state_dict()), native=runtime.open_native(isa, threads), verify=False)
-    assert off(torch.stack([engine.step(int(token)) for token in ids]), theirs) < 1e-4
+    for threads in (1, 3):
+        engine = Engine(model.config, dict(model.state_dict()), native=runtime.open_native(isa, threads), verify=False)
+        assert off(torch.stack([engine.step(int(token)) for token in ids]), theirs) < 1e-4
+        engine.reset()
+        assert off(engine.prefill(ids, every=True), theirs) < 1e-4
 
 
 def packed_weights(model, kind):

@@ -198,6 +198,18 @@ def test_an_input_of_another_width_is_refused():
         Linear(packed, runtime.open_native("", 1))(torch.zeros(21))
 
 
+def test_more_threads_than_the_machine_gives_are_not_taken_for_an_instruction_set(monkeypatch):
+    class Library:
+        prunus_close = staticmethod(lambda handle: None)
+
+        def prunus_open(self, isa, threads):
+            return 1 if threads == 1 else None
+
+    monkeypatch.setattr(runtime, "_library", Library)
+    with pytest.raises(RecipeError, match="900 threads; set PRUNUS_THREADS"):
+        runtime.open_native("", 900)
+
+
 def test_an_unknown_instruction_set_is_refused(monkeypatch):
     monkeypatch.setenv("PRUNUS_ISA", "avx3")
     with pytest.raises(RecipeError, match=r"avx3.*Known"):

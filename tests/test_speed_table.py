@@ -62,21 +62,17 @@ def test_a_pattern_costs_what_it_adds_to_unstructured(tables: Any, tmp_path: Pat
     assert "| 50 % | 8:16 | 60.00 | +20.0 % |" in tables.pattern_cost()
 
 
+COMMON = {
+    "model": "smollm2", "method": "wanda", "samples": 4, "windows": 2, "length": 256, "text": "t", "threads": 1,
+}  # fmt: skip
+
+
 def test_the_frontier_names_what_nothing_beats(tables: Any, tmp_path: Path) -> None:
-    common = {
-        "model": "smollm2",
-        "method": "wanda",
-        "samples": 4,
-        "windows": 2,
-        "length": 256,
-        "text": "t",
-        "threads": 1,
-    }
     found = {
         "good": (10.0, 2.0, 100), "slower": (10.0, 1.0, 100), "smaller": (12.0, 1.0, 50), "untimed": (11.0, None, 200),
     }  # fmt: skip
     lines = [
-        {"name": name, "perplexity": loss, "speed": speed, "tokens_per_second": speed, "file_bytes": size, **common}
+        {"name": name, "perplexity": loss, "speed": speed, "tokens_per_second": speed, "file_bytes": size, **COMMON}
         for name, (loss, speed, size) in found.items()
     ]
     (tmp_path / "frontier.jsonl").write_text("\n".join(map(json.dumps, lines)))
@@ -84,3 +80,18 @@ def test_the_frontier_names_what_nothing_beats(tables: Any, tmp_path: Path) -> N
         line.split(" | ")[0].removeprefix("| "): line.endswith("| yes |") for line in tables.frontier().splitlines()
     }
     assert {name: best[name] for name in found} == {"good": True, "slower": False, "smaller": True, "untimed": False}
+
+
+def test_rows_of_a_frontier_that_were_measured_otherwise_stand_apart(tables: Any, tmp_path: Path) -> None:
+    # On fewer windows the perplexity is another number: it beats nothing, however low.
+    lines = [
+        {"name": name, "perplexity": loss, "speed": 1.0, "tokens_per_second": 1.0, "file_bytes": 9, **COMMON, **other}
+        for name, loss, other in (("long", 12.0, {}), ("short", 10.0, {"windows": 1}), ("many", 11.0, {"samples": 8}))
+    ]
+    (tmp_path / "frontier.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    shown = tables.frontier().split("Made by")
+    assert len(shown) == 4
+    assert all(
+        f"| {row['name']} |" in part and part.count("| yes |") == 1 for row, part in zip(lines, shown, strict=False)
+    )
+    assert "2 windows of" in shown[0] and "1 windows of" in shown[1] and "on 8 samples" in shown[2]

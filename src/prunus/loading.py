@@ -53,6 +53,8 @@ def load(
     kind = read_config(folder).get(KEY)
     if kind is None:
         return load_model(folder, device=device, dtype=dtype, trust_remote_code=trust_remote_code)
-    if kind not in LOADERS:
-        raise FormatError(f"{folder} is stored in a form {kind!r} that this prunus does not know.{near(kind, LOADERS)}")
+    if not isinstance(kind, str) or kind not in LOADERS:
+        raise FormatError(
+            f"{folder} is stored in a form {kind!r} that this prunus does not know.{near(str(kind), LOADERS)}"
+        )
     return LOADERS[kind](folder, device=device, dtype=dtype)

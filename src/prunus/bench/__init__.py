@@ -40,7 +40,8 @@ class Kind:
         package: that must be installed, or empty.
         install: how to get it.
         dense: it needs an ordinary folder, with the zeros in place. `module` then also holds
-            `prepare(dense_folder, folder, variant)`, which writes the files that `open` reads.
+            `prepare(dense_folder, folder, variant) -> note`, which writes the files that `open` reads; the note is said
+            of the row, empty if there is nothing to say.
         plainer: names of rows -> (variant, note): how a row that ends its process in its first tokens is tried again,
             and what is then said of it.
     """

@@ -7,17 +7,23 @@ from pathlib import Path
 
 from prunus.models.skeleton import read_config
 from prunus.packed.matrix import PackedMatrix, QuantizedMatrix
+from prunus.packed.running import uncovered
 from prunus.packed.weights import engine_weights
-from prunus.runtime.engine import Engine, likeliest
+from prunus.runtime.choice import likeliest
+from prunus.runtime.engine import Engine
+from prunus.runtime.plan import NotCovered
 
 
 class Own:
     """The engine on a folder."""
 
     def __init__(self, folder: Path, values: str) -> None:
+        problem = uncovered(folder)
+        if problem:
+            raise NotCovered(f"Our own loop does not cover this model: {problem}")
         weights = engine_weights(folder, values)
         self.file_bytes = sum(_bytes(weight) for weight in weights.values())
-        self.engine = Engine(read_config(folder).get_text_config(), weights)
+        self.engine = Engine(read_config(folder), weights, verify=False)
         self.bytes_per_token = self.engine.bytes_per_token
 
     def prefill(self, ids: list[int]) -> float:

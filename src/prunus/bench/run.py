@@ -20,6 +20,8 @@ from prunus.errors import PrunusError, RecipeError, near
 from prunus.models.source import is_packed, locate, read_config
 from prunus.progress import Progress, Silent
 
+START = 16  # tokens behind which decoding begins
+
 
 @dataclass(frozen=True)
 class Setup:
@@ -27,7 +29,7 @@ class Setup:
 
     Attributes:
         tokens: made in each round of decoding, at least 2.
-        prompt: tokens that prefill reads, at least 2; decoding begins behind 16.
+        prompt: tokens that prefill reads, at least 2; decoding begins behind `START` of them.
         rounds: turns of every engine, at least 1; the median counts.
         threads: of every engine, at least 1.
     """
@@ -46,6 +48,27 @@ class Setup:
         for name, least in (("tokens", 2), ("prompt", 2), ("rounds", 1), ("threads", 1)):
             if getattr(self, name) < least:
                 raise RecipeError(f"The bench's {name} is at least {least}, not {getattr(self, name)}.")
+
+    @property
+    def positions(self) -> int:
+        """The longest text that an engine holds: the prompt of prefill, or that of decoding with what is made."""
+        return max(self.prompt, min(START, self.prompt) + self.tokens + 1)
+
+    def check(self, folder: Path) -> None:
+        """See that the model and our engine hold texts of this length.
+
+        Raises:
+            RecipeError: they do not.
+        """
+        from prunus.data.tokens import folder_positions
+        from prunus.runtime.engine import CONTEXT
+
+        most = min(folder_positions(folder) or CONTEXT, CONTEXT)
+        if self.positions > most:
+            raise RecipeError(
+                f"A prompt of {self.prompt} tokens, or {self.tokens} tokens behind one of {min(START, self.prompt)}, "
+                f"take {self.positions} positions; the model has {most} here. Lower --prompt or --tokens."
+            )
 
 
 @dataclass
@@ -85,7 +108,7 @@ def bench(
     Args:
         model: a packed folder, or an ordinary one, which is packed into a temporary folder first.
         against: names of `KINDS`.
-        values: what an ordinary folder is packed as: a name of `packed.writing.VALUES`; None: int8.
+        values: what an ordinary folder is packed as: a name of `packed.folder.VALUES`; None: int8.
         setup: how much is measured; one thread for each core unless given.
         progress: told about every measurement.
 
@@ -107,6 +130,7 @@ def bench(
     source = locate(model)
     if is_packed(source) and values is not None:
         raise RecipeError(f"{source} is packed already; leave --values out.")
+    setup.check(source)
     with TemporaryDirectory(prefix="prunus-bench-") as scratch, ExitStack() as running:
         packed, values = _packed(source, Path(scratch), values or "int8", progress)
         engines, skipped = [], []
@@ -130,8 +154,8 @@ def bench(
 
 def _packed(source: Path, scratch: Path, values: str, progress: Progress) -> tuple[Path, str]:
     """The packed folder to measure, and what its values are."""
-    from prunus.packed.folder import PackedFolder
-    from prunus.packed.writing import VALUES, write
+    from prunus.packed.folder import VALUES, PackedFolder
+    from prunus.packed.writing import write
 
     if is_packed(source):
         return source, PackedFolder.open(source).values
@@ -153,16 +177,18 @@ def _start(
     engines, skipped = [], []
     for row, variant in kind.variants.items():
         try:
-            folder = _prepared(kind, packed, scratch, variant) if kind.dense else packed
-            engines.append(_warm(row, kind, folder, variant, setup, running))
+            folder, note = _prepared(kind, packed, scratch, variant) if kind.dense else (packed, "")
+            engine = _warm(row, kind, folder, variant, setup, running)
+            engine.note = "; ".join(filter(None, (engine.note, note)))
+            engines.append(engine)
         except PrunusError as problem:
             skipped.append({"engine": row, "why": str(problem)})
         progress.advance(row)
     return engines, skipped
 
 
-def _prepared(kind: Kind, packed: Path, scratch: Path, variant: str) -> Path:
-    """The folder with the file of an engine that needs the zeros in place."""
+def _prepared(kind: Kind, packed: Path, scratch: Path, variant: str) -> tuple[Path, str]:
+    """The folder with the file of an engine that needs the zeros in place, and what is to be said of the file."""
     from importlib import import_module
 
     from prunus.formats import FORMATS, Settings
@@ -171,8 +197,7 @@ def _prepared(kind: Kind, packed: Path, scratch: Path, variant: str) -> Path:
     if not dense.exists():
         FORMATS["dense"].write(packed, dense, Settings())
     folder.mkdir(exist_ok=True)
-    import_module(kind.module).prepare(dense, folder, variant)
-    return folder
+    return folder, import_module(kind.module).prepare(dense, folder, variant)
 
 
 def _warm(row: str, kind: Kind, folder: Path, variant: str, setup: Setup, running: ExitStack) -> Engine:
@@ -194,7 +219,7 @@ def _warm(row: str, kind: Kind, folder: Path, variant: str, setup: Setup, runnin
 
 def _tried(row: str, kind: Kind, folder: Path, variant: str, setup: Setup, running: ExitStack) -> Engine:
     with ExitStack() as own:
-        engine = own.enter_context(_worker(row, kind.module, folder, variant, setup.threads))
+        engine = own.enter_context(_worker(row, kind.module, folder, variant, setup))
         ids = [3] * setup.prompt
         engine.ask(phase="prefill", ids=ids, tokens=setup.prompt)
         engine.ask(phase="decode", ids=ids[:4], tokens=2)
@@ -203,8 +228,10 @@ def _tried(row: str, kind: Kind, folder: Path, variant: str, setup: Setup, runni
 
 
 @contextmanager
-def _worker(name: str, module: str, folder: Path, variant: str, threads: int) -> Iterator[Engine]:
-    environment = os.environ | {"OMP_NUM_THREADS": str(threads), "PRUNUS_THREADS": str(threads)}
+def _worker(name: str, module: str, folder: Path, variant: str, setup: Setup) -> Iterator[Engine]:
+    threads = str(setup.threads)
+    environment = os.environ | {"OMP_NUM_THREADS": threads, "PRUNUS_THREADS": threads}
+    environment["PRUNUS_POSITIONS"] = str(setup.positions)
     process = subprocess.Popen(
         [sys.executable, "-P", "-m", "prunus.bench.worker", module, str(folder), variant],
         stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, env=environment,
@@ -243,7 +270,7 @@ def _measure(
     ids = [3 + 7 * place % max(1, min(vocabulary, 20_000) - 3) for place in range(setup.prompt)]
     orders = {
         "prefill": {"ids": ids, "tokens": setup.prompt},
-        "decode": {"ids": ids[: min(16, setup.prompt)], "tokens": setup.tokens},
+        "decode": {"ids": ids[:START], "tokens": setup.tokens},
     }
     progress.stage("measure", setup.rounds * len(engines) * len(orders))
     seconds: dict[tuple[str, str], list[float]] = {}

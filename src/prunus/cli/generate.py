@@ -97,7 +97,7 @@ def generate(model: Model, prompt: Prompt, as_json: Json = False, quiet: Quiet =
         given = {name: value for name, value in options.items() if value is not None}
         dola = _dola(given)
         how = Sampling(**numbers({name: given.pop(name) for name in list(given) if name in NUMBERS}, NUMBERS))
-        text = sys.stdin.read().rstrip("\n") if prompt == "-" else prompt
+        text = _given() if prompt == "-" else prompt
         # Only now, so that a slip of the pen is answered at once.
         from prunus.decoding.text import generate as continue_text
 
@@ -110,6 +110,13 @@ def generate(model: Model, prompt: Prompt, as_json: Json = False, quiet: Quiet =
                 print(_speed(result), file=sys.stderr)
     if as_json:
         show(result, lambda found: found["text"], as_json=True)
+
+
+def _given() -> str:
+    """What stands on standard input; bytes that are no text are kept as Python marks them, to be refused later."""
+    raw = getattr(sys.stdin, "buffer", None)
+    text = sys.stdin.read() if raw is None else raw.read().decode("utf-8", "surrogateescape")
+    return text.rstrip("\n")
 
 
 def _dola(given: dict[str, Any]) -> Any:

@@ -49,7 +49,8 @@ def generate(  # noqa: PLR0913 - the options of the command
         the first; None for one token).
 
     Raises:
-        RecipeError: an unknown engine, an empty prompt, or more tokens than the model has positions for.
+        RecipeError: an unknown engine, a prompt that is empty or no text, or more tokens than the model has positions
+            for.
         PrunusError: the model or its tokenizer cannot be used.
     """
     how = how or Sampling()
@@ -57,6 +58,8 @@ def generate(  # noqa: PLR0913 - the options of the command
         find_engine(engine)
     if not prompt.strip():
         raise RecipeError("The prompt is empty; give a few words to continue.")
+    if any("\ud800" <= letter <= "\udfff" for letter in prompt):  # what Python makes of bytes that it cannot read
+        raise RecipeError("The prompt is not text: it has bytes that are no UTF-8. Save it as UTF-8, or type it anew.")
     folder = find(model, trust_remote_code=trust_remote_code)
     engine = ("packed" if is_packed(folder) else "transformers") if engine == "auto" else engine
     module = find_engine(engine)

@@ -20,6 +20,7 @@ from prunus.packed.matrix import KINDS, SCALED, PackedMatrix, QuantizedMatrix, c
 from prunus.packed.reference import dequantize, unpack
 
 FORMAT, VERSION = "prunus-packed", 1
+VALUES = ("lossless", "bf16", "int8", "int4")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 PLAIN = {**DTYPES, **{str(kind).removeprefix("torch."): kind for kind in (torch.float64, torch.int64, torch.int32)}}
 PLAIN |= {"int16": torch.int16, "int8": torch.int8, "uint8": torch.uint8, "bool": torch.bool}
@@ -70,7 +71,7 @@ class PackedFolder:
 
     Attributes:
         folder: where.
-        values: what its matrices were packed as.
+        values: what its matrices were packed as: a name of `VALUES`.
         entries: name in the Hugging Face folder -> how it is stored.
         stored: name of a part -> where it lies.
         provenance: what the manifest says of the making, for people.
@@ -97,7 +98,10 @@ class PackedFolder:
             odd = min(wanted.keys() ^ stored.keys())
             word = "lacks" if odd in wanted else "holds, unannounced,"
             raise FormatError(f"{folder} {word} {odd!r}; its files do not belong together. Export it again.")
-        return cls(folder, _field(manifest, "values", str), entries, stored, _field(manifest, "made", dict))
+        values = _field(manifest, "values", str)
+        if values not in VALUES:
+            raise FormatError(f"{folder / MANIFEST} says that the values are {values[:60]!r}. Export it again.")
+        return cls(folder, values, entries, stored, _field(manifest, "made", dict))
 
     @property
     def bytes(self) -> int:
@@ -189,7 +193,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
         raise FormatError(f"{path} does not say that this is a packed model of prunus. Export it again.")
     version = manifest.get("version")
-    if version != VERSION:
+    if type(version) is not int or version != VERSION:  # to Python, true and 1.0 are 1 as well
         raise FormatError(
             f"{folder} is packed in version {version!r} of the format, this prunus reads version {VERSION}. "
             "Export the model again with this prunus, or use the one that wrote it."

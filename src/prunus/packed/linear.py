@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from prunus.errors import ModelError
 from prunus.models.skeleton import skeleton
 from prunus.models.weights import Weights
 from prunus.packed.folder import PackedFolder
@@ -48,18 +49,22 @@ def load_sparse(folder: Path, native: Native) -> Any:
 
     Raises:
         FormatError: the folder is damaged.
+        ModelError: its config.json is of another model.
     """
     packed = PackedFolder.open(folder)
     plain = skeleton(folder)
     view: Any = Restored(packed)  # looks like a Checkpoint
     weights = Weights(plain, view, torch.device("cpu"))
-    modules = dict(plain.named_modules())
+    modules: dict[str, Any] = dict(plain.named_modules())
     chosen = {}
     for name, entry in packed.entries.items():
         target = weights.targets[name][0]
         owner, _, attribute = target.rpartition(".")
         linear = type(modules.get(owner)) is nn.Linear and attribute == "weight"
         if entry.form == "packed" and len(entry.shape) == 2 and linear and name not in weights.converted:
+            wanted = tuple(modules[owner].weight.shape)
+            if entry.shape != wanted:
+                raise ModelError(f"{name}: the folder has the shape {entry.shape}, the config {wanted}.")
             chosen[name] = owner
     model: Any = load_dense(folder, keep=chosen)
     for name, owner in chosen.items():

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel
 
+from prunus.errors import ModelError
 from prunus.evaluation.loading import DTYPES, check_device, check_dtype
 from prunus.models.checkpoint import Stored
-from prunus.models.modelling import ours
 from prunus.models.quiet import quiet
 from prunus.models.skeleton import skeleton
 from prunus.models.weights import Weights
@@ -68,14 +68,48 @@ def load_dense(folder: Path, *, device: str = "cpu", dtype: str = "auto", keep: 
     model = skeleton(folder, kind)
     with quiet():
         weights = Weights(model, Restored(packed), place)  # type: ignore[arg-type]
-        left = set(keep)
-        weights.load(weights.known(name for name in packed.entries if name not in left))
+        known, left = weights.known(packed.entries), set(keep)
+        check_places(packed, known)
+        weights.load(name for name in known if name not in left)
         model.tie_weights()
     for part in (model.config, model.config.get_text_config()):
         part.use_cache = True
-    if (folder / "generation_config.json").is_file():
-        model.generation_config = GenerationConfig.from_pretrained(folder)
+    model.generation_config = generation_config(folder) or model.generation_config
     return model.eval()
+
+
+def check_places(packed: PackedFolder, known: Collection[str]) -> None:
+    """See that the configuration has a place for every packed matrix: what it has none for is left out unsaid.
+
+    Args:
+        packed: the folder.
+        known: names of tensors that become part of the model.
+
+    Raises:
+        ModelError: it has not, as where it counts fewer blocks.
+    """
+    lost = next((name for name, entry in packed.entries.items() if entry.form == "packed" and name not in known), None)
+    if lost is not None:
+        raise ModelError(
+            f"{packed.folder}: the configuration has no place for {lost}. Its config.json does not belong to its "
+            "weights."
+        )
+
+
+def generation_config(folder: Path) -> GenerationConfig | None:
+    """What the folder says of generating; None if it says nothing.
+
+    Raises:
+        ModelError: the file is damaged.
+    """
+    if not (folder / "generation_config.json").is_file():
+        return None
+    try:
+        return GenerationConfig.from_pretrained(folder)
+    except Exception as problem:  # any: a damaged file fails in whatever way it comes to
+        raise ModelError(
+            f"{folder / 'generation_config.json'} cannot be read ({str(problem)[:200]}). Copy it again, or remove it."
+        ) from None
 
 
 def main_dtype(packed: PackedFolder) -> str:
@@ -97,8 +131,7 @@ def load(folder: Path, *, device: str = "cpu", dtype: str = "auto") -> Any:
     Raises:
         PrunusError: the folder is damaged, or device or dtype cannot be used.
     """
-    from prunus.models.skeleton import read_config
-    from prunus.runtime.engine import covers
+    from prunus.packed.running import open_model, uncovered
     from prunus.runtime.native import absence, available
 
     native = available()
@@ -108,12 +141,8 @@ def load(folder: Path, *, device: str = "cpu", dtype: str = "auto") -> Any:
             "%s is run by PyTorch with its weights unpacked, no faster than a dense model: %s.", folder.name, why
         )
         return load_dense(folder, device=device, dtype=dtype)
-    # The engine knows stock classes; to ask it about another would ask the user whether to run our own file.
-    own = "its blocks are built by the modelling file in the folder" if ours(folder) else None
-    problem = own or covers(read_config(folder).get_text_config())
+    problem = uncovered(folder)
     if problem is None:
-        from prunus.packed.running import open_model
-
         return open_model(folder)
     from prunus.packed.linear import load_sparse
 

@@ -9,22 +9,19 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import GenerationConfig, PreTrainedConfig
-from transformers.generation.logits_process import (
-    LogitsProcessorList,
-    MinPLogitsWarper,
-    RepetitionPenaltyLogitsProcessor,
-    SuppressTokensLogitsProcessor,
-    TemperatureLogitsWarper,
-    TopKLogitsWarper,
-    TopPLogitsWarper,
-)
+from transformers.generation.logits_process import LogitsProcessorList
 from transformers.modeling_outputs import CausalLMOutput
 
 from prunus.decoding.sampling import Sampling
 from prunus.errors import RecipeError, near
+from prunus.models.modelling import ours
 from prunus.models.skeleton import read_config
+from prunus.packed.choosing import processors
+from prunus.packed.model import generation_config
 from prunus.packed.weights import engine_weights
-from prunus.runtime.engine import Engine, likeliest
+from prunus.runtime.choice import draw, likeliest
+from prunus.runtime.engine import Engine, covers
+from prunus.runtime.plan import NotCovered
 
 # Arguments of `generate` that it takes as transformers does; those below have one value that means "as it is".
 TAKEN = (
@@ -76,14 +73,12 @@ class PackedModel:
             **fixed: `use_cache` and `return_dict`, whatever their values: they change nothing here.
 
         Raises:
-            RecipeError: a mask with zeros, more tokens than the context, or an argument that is not known.
+            RecipeError: no tokens, a mask with zeros, more tokens than the context, or an argument that is not known.
         """
         _refuse_unknown(fixed, ("use_cache", "return_dict"))
+        _refuse_shapeless(input_ids)
         _refuse_masked(attention_mask)
-        rows = []
-        for row in input_ids:
-            self.engine.reset()
-            rows.append(self.engine.prefill(row, every=True))
+        rows = [self.engine.prefill(row, every=True, of=self.engine.reset()) for row in input_ids]
         logits = torch.stack(rows)
         loss = None
         if labels is not None:
@@ -100,19 +95,20 @@ class PackedModel:
                 first, then token by token, and takes a single text.
 
         Raises:
-            RecipeError: an argument or a setting of the generation config that this engine lacks, no new token asked
-                for, or more tokens than the context holds.
+            RecipeError: an argument or a setting of the generation config that this engine lacks or that is out of
+                range, no tokens, no new token asked for, more tokens than the context holds, or another text was begun
+                with this model while this one was made.
         """
+        _refuse_shapeless(input_ids)
         _refuse_masked(attention_mask)
         _refuse_unknown({key: value for key, value in options.items() if FIXED.get(key, ...) != value}, TAKEN)
         given = self._settings(options)
         length = _length(given, options, input_ids.shape[1])
-        generator, streamer = given.get("generator"), given.get("streamer")
+        generator, streamer, choose = given.get("generator"), given.get("streamer"), processors(given)
         if streamer is not None:
             if len(input_ids) > 1:
                 raise RecipeError(f"A streamer shows one text, and there are {len(input_ids)}; give them one by one.")
             streamer.put(input_ids.cpu())
-        choose = processors(given)
         ends = _ends(given.get("eos_token_id"))
         rows = []
         for row in input_ids:
@@ -153,7 +149,9 @@ class PackedModel:
         options = {"repetition_penalty": how.repetition_penalty}
         if how.temperature:
             options |= {"temperature": how.temperature, "top_p": how.top_p, "top_k": how.top_k or 0, "do_sample": True}
-        ends = _ends(self.generation_config.eos_token_id or self.config.get_text_config().eos_token_id)
+        ends = _ends(self.generation_config.eos_token_id)
+        if self.generation_config.eos_token_id is None:
+            ends = _ends(self.config.get_text_config().eos_token_id)
         generator = torch.Generator().manual_seed(how.seed)
         choose = processors(options)
         for token in self._tokens(list(ids), how.max_new_tokens, choose, how.temperature > 0, generator):
@@ -162,7 +160,7 @@ class PackedModel:
             yield token
 
     def _tokens(
-        self, ids: list[int], count: int, choose: LogitsProcessorList, draw: bool, generator: torch.Generator | None
+        self, ids: list[int], count: int, choose: LogitsProcessorList, sample: bool, generator: torch.Generator | None
     ) -> Iterator[int]:
         """New ids, one by one."""
         if len(ids) + count - 1 > self.engine.context:
@@ -170,16 +168,16 @@ class PackedModel:
                 f"The prompt has {len(ids)} tokens, and with {count} new ones that is more than the engine's context "
                 f"of {self.engine.context}; ask for fewer new tokens or shorten the prompt."
             )
-        self.engine.reset()
+        text = self.engine.reset()
         seen = list(ids)
-        logits = self.engine.prefill(seen)
+        logits = self.engine.prefill(seen, of=text)
         for number in range(count):
             scores = choose(torch.tensor([seen]), logits[None])[0]  # type: ignore[arg-type]
-            token = _pick(scores, draw, generator)
+            token = draw(scores, generator) if sample else likeliest(scores)
             seen.append(token)
             yield token
             if number < count - 1:
-                logits = self.engine.step(token)
+                logits = self.engine.step(token, of=text)
 
 
 def _length(given: dict[str, Any], options: dict[str, Any], prompt: int) -> int:
@@ -201,49 +199,44 @@ def _length(given: dict[str, Any], options: dict[str, Any], prompt: int) -> int:
     return length
 
 
-def _pick(scores: Tensor, draw: bool, generator: torch.Generator | None) -> int:
-    if not draw:
-        return likeliest(scores)
-    return int(torch.multinomial(scores.softmax(-1), 1, generator=generator))
-
-
-def processors(options: dict[str, Any]) -> LogitsProcessorList:
-    """What is done to the scores before a token is chosen, in transformers' order, by transformers' own parts."""
-    found = LogitsProcessorList()
-    if (options.get("repetition_penalty") or 1.0) != 1.0:
-        found.append(RepetitionPenaltyLogitsProcessor(float(options["repetition_penalty"])))
-    if options.get("suppress_tokens"):
-        found.append(SuppressTokensLogitsProcessor(options["suppress_tokens"]))
-    if options.get("do_sample"):
-        if (options.get("temperature") or 1.0) != 1.0:
-            found.append(TemperatureLogitsWarper(float(options["temperature"])))
-        if options.get("top_k"):
-            found.append(TopKLogitsWarper(int(options["top_k"])))
-        if (options.get("top_p") or 1.0) < 1.0:
-            found.append(TopPLogitsWarper(float(options["top_p"])))
-        if options.get("min_p") is not None:
-            found.append(MinPLogitsWarper(float(options["min_p"])))
-    return found
+def uncovered(folder: Path) -> str | None:
+    """Why the engine cannot run a folder's model, as a sentence; None if it can."""
+    # The engine knows stock classes; to ask it about another would ask the user whether to run our own file.
+    if ours(folder):
+        return "its blocks are built by the modelling file in the folder."
+    config = read_config(folder)
+    if config.get_text_config() is not config:
+        return f"the language model of {config.model_type} is one part of a larger one."
+    return covers(config)
 
 
 def open_model(folder: Path, values: str = "lossless", context: int | None = None) -> PackedModel:
     """The model of a packed or ordinary folder in the engine.
 
     Raises:
-        PrunusError: the folder is damaged, or the engine does not cover the architecture.
+        NotCovered: the engine does not cover the architecture.
+        PrunusError: the folder is damaged.
     """
+    problem = uncovered(folder)
+    if problem:
+        raise NotCovered(f"The packed engine does not cover {folder.name}: {problem} Run it by transformers.")
     config = read_config(folder)
-    engine = Engine(config.get_text_config(), engine_weights(folder, values), context=context)
-    generation = GenerationConfig.from_model_config(config)
-    if (folder / "generation_config.json").is_file():
-        generation = GenerationConfig.from_pretrained(folder)
-    return PackedModel(engine, config, generation)
+    engine = Engine(config, engine_weights(folder, values), context=context, verify=False)
+    return PackedModel(engine, config, generation_config(folder) or GenerationConfig.from_model_config(config))
 
 
 def _refuse_unknown(given: dict[str, Any], known: Sequence[str]) -> None:
     odd = [key for key, value in given.items() if key not in known and value is not None]
     if odd:
         raise RecipeError(f"The packed engine does not take {odd[0]}={given[odd[0]]!r}.{near(odd[0], known)}")
+
+
+def _refuse_shapeless(ids: Tensor) -> None:
+    if ids.ndim != 2 or not ids.numel() or ids.is_floating_point():
+        raise RecipeError(
+            f"The packed engine reads token ids of the shape [texts, tokens], at least one of each, not {ids.dtype} of "
+            f"the shape {list(ids.shape)}. Is the prompt empty?"
+        )
 
 
 def _refuse_masked(mask: Tensor | None) -> None:

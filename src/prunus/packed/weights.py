@@ -14,9 +14,9 @@ from prunus.models.checkpoint import Checkpoint
 from prunus.models.skeleton import skeleton
 from prunus.models.source import is_packed
 from prunus.models.weights import Weights
-from prunus.packed.folder import PackedFolder, Read
+from prunus.packed.folder import VALUES, PackedFolder, Read
 from prunus.packed.layout import Layout, layout
-from prunus.packed.model import Restored
+from prunus.packed.model import Restored, check_places
 from prunus.packed.orders import read_orders
 from prunus.packed.pack import quantize_dense
 from prunus.packed.writing import form
@@ -30,7 +30,7 @@ def engine_weights(folder: Path, values: str = "lossless") -> dict[str, Read]:
 
     Args:
         folder: packed, or an ordinary one that is packed here.
-        values: of an ordinary folder: a name of `writing.VALUES` or of `DENSE`. A packed folder has its own, unless a
+        values: of an ordinary folder: a name of `folder.VALUES` or of `DENSE`. A packed folder has its own, unless a
             dense form is asked for.
 
     Raises:
@@ -47,6 +47,7 @@ def engine_weights(folder: Path, values: str = "lossless") -> dict[str, Read]:
 def _packed(folder: Path) -> tuple[dict[str, str], Callable[[], Iterator[tuple[str, Read]]]]:
     packed = PackedFolder.open(folder)
     names = parameters(folder, Restored(packed))
+    check_places(packed, names)
     return names, lambda: ((name, packed.read(name)) for name in names)
 
 
@@ -55,6 +56,7 @@ def _ordinary(folder: Path, values: str) -> tuple[dict[str, str], Callable[[], I
     names = parameters(folder, checkpoint)
 
     def read() -> Iterator[tuple[str, Read]]:
+        assert values in VALUES, values
         plan, orders = layout(folder, checkpoint), read_orders(folder, checkpoint)
         for name, tensor in checkpoint.read(names):
             yield name, form(name, tensor, values, plan, orders.get(name))

@@ -19,13 +19,12 @@ from prunus.errors import ModelError
 from prunus.loading import KEY
 from prunus.models.checkpoint import Checkpoint
 from prunus.output import DROPPED
-from prunus.packed.folder import DTYPES, FORMAT, MANIFEST, VERSION, Read, checksum, part_name, sign
+from prunus.packed.folder import DTYPES, FORMAT, MANIFEST, VALUES, VERSION, Read, checksum, part_name, sign
 from prunus.packed.layout import Layout, layout
 from prunus.packed.matrix import PackedMatrix
 from prunus.packed.orders import read_orders
 from prunus.packed.pack import pack, quantize_dense
 
-VALUES = ("lossless", "bf16", "int8", "int4")
 SHARD = 1 << 28  # bytes collected before a file is written
 # Below this share of zeros a bitmap costs more than it saves, with float values.
 WORTH = {"fp32": 1 / 32, "bf16": 1 / 16}

@@ -85,6 +85,12 @@ def assemble(architecture: Architecture, parts: Parts, context: int) -> ModelStr
         NotCovered: the norms of a layer differ in a way that the library cannot express.
     """
     embedding = parts.matrix(architecture.embedding, rows=True)
+    if (embedding.rows, embedding.columns) != architecture.size:
+        rows, columns = architecture.size
+        raise ModelError(
+            f"{architecture.embedding} is {embedding.rows} x {embedding.columns}, the configuration asks {rows} x "
+            f"{columns}. Its config.json does not belong to its weights."
+        )
     given = "lm_head" if parts.has("lm_head.weight") else architecture.head
     head = parts.matrix(given)
     blocks = [_layer(block, architecture, parts, embedding.columns, context) for block in architecture.blocks]

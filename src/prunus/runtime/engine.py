@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import ctypes
+import math
+import threading
 import weakref
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 
@@ -13,6 +15,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from prunus.errors import RecipeError
 from prunus.runtime import plan
 from prunus.runtime.assembly import Parts, Weight, assemble
+from prunus.runtime.choice import draw, likeliest
 from prunus.runtime.native import Native, absence, available, require
 from prunus.runtime.plan import NotCovered
 
@@ -39,7 +42,9 @@ def covers(model: PreTrainedConfig | PreTrainedModel) -> str | None:
 
 
 class Engine:
-    """One model with its keys and values so far. Not for two threads at once.
+    """One model with its keys and values so far, which are those of one text: another one begins with `reset`.
+
+    Threads take turns. Who says which text a token is for (`of`) is told when another text was begun in between.
 
     Args:
         config: of the model.
@@ -81,6 +86,7 @@ class Engine:
         parts = Parts(self._native, weights, rounded, layout, self._kept)
         self._struct = assemble(architecture, parts, self.context)
         self.vocabulary = self._struct.vocabulary
+        self._turn, self._text = threading.RLock(), 0
         pointer = ctypes.c_void_p()
         library = self._native.library
         status = library.prunus_model(self._native.handle, ctypes.byref(self._struct), ctypes.byref(pointer))
@@ -99,42 +105,51 @@ class Engine:
         """Bytes of weights that one step reads; keys and values come on top."""
         return self._native.library.prunus_bytes_per_token(self._pointer)
 
-    def reset(self, position: int = 0) -> None:
-        """Forget all tokens but the first `position`.
+    def reset(self, position: int = 0) -> int:
+        """Forget all tokens but the first `position`; returns the number of the text that begins (see `step`).
 
         Raises:
             RecipeError: there are not that many.
         """
-        if not 0 <= position <= self.position:
-            raise RecipeError(f"There are {self.position} tokens; the engine cannot go back to {position}.")
-        self._native.check(self._native.library.prunus_rewind(self._pointer, position), "Going back")
+        with self._turn:
+            if not 0 <= position <= self.position:
+                raise RecipeError(f"There are {self.position} tokens; the engine cannot go back to {position}.")
+            self._native.check(self._native.library.prunus_rewind(self._pointer, position), "Going back")
+            self._text += 1
+            return self._text
 
-    def step(self, token: int) -> Tensor:
+    def step(self, token: int, *, of: int | None = None) -> Tensor:
         """Logits float32 [vocabulary] behind one more token.
 
-        Raises:
-            RecipeError: no token of the vocabulary, or the context is full.
-        """
-        self._check([token])
-        logits = torch.empty(self.vocabulary)
-        self._native.check(self._native.library.prunus_step(self._pointer, token, logits.data_ptr()), "A step")
-        return logits
+        Args:
+            token: its id.
+            of: the text that it belongs to, as `reset` numbered it; None: whichever is there.
 
-    def prefill(self, ids: Sequence[int] | Tensor, *, every: bool = False) -> Tensor:
+        Raises:
+            RecipeError: no token of the vocabulary, the context is full, or another text was begun since.
+        """
+        with self._turn:
+            self._check([token], of=of)
+            logits = torch.empty(self.vocabulary)
+            self._native.check(self._native.library.prunus_step(self._pointer, token, logits.data_ptr()), "A step")
+            return logits
+
+    def prefill(self, ids: Sequence[int] | Tensor, *, every: bool = False, of: int | None = None) -> Tensor:
         """Logits float32 [vocabulary] behind the last of some tokens; `every`: behind each, [tokens, vocabulary].
 
         Raises:
-            RecipeError: no tokens, one that is not of the vocabulary, or more than the context holds.
+            RecipeError: no tokens, one that is not of the vocabulary, more than the context holds, or as `step`.
         """
         tokens = _tokens(ids)
-        self._check(tokens)
-        logits = torch.empty(len(tokens) if every else 1, self.vocabulary)
-        given = torch.tensor(tokens, dtype=torch.int64)
-        status = self._native.library.prunus_prefill(
-            self._pointer, given.data_ptr(), len(tokens), logits.data_ptr(), int(every)
-        )
-        self._native.check(status, "The prompt")
-        return logits if every else logits[0]
+        with self._turn:
+            self._check(tokens, of=of)
+            logits = torch.empty(len(tokens) if every else 1, self.vocabulary)
+            given = torch.tensor(tokens, dtype=torch.int64)
+            status = self._native.library.prunus_prefill(
+                self._pointer, given.data_ptr(), len(tokens), logits.data_ptr(), int(every)
+            )
+            self._native.check(status, "The prompt")
+            return logits if every else logits[0]
 
     def generate(
         self,
@@ -155,28 +170,36 @@ class Engine:
             stop: tokens that end the text.
 
         Raises:
-            RecipeError: no prompt, prompt and new tokens do not fit the context, or a negative temperature. Raised
-                by the call, before the first token.
+            RecipeError: no prompt, prompt and new tokens do not fit the context, or a temperature that is no finite
+                number from 0 on. Raised by the call, before the first token. Later: another text was begun.
         """
         tokens = _tokens(ids)
-        if max_new_tokens < 0 or temperature < 0:
-            raise RecipeError(f"{max_new_tokens} new tokens at temperature {temperature}: neither can be negative.")
+        if max_new_tokens < 0 or not 0 <= temperature < math.inf:
+            raise RecipeError(
+                f"{max_new_tokens} new tokens at temperature {temperature}: both are finite and neither is negative."
+            )
         self._check(tokens, start=0, more=max_new_tokens)
         return self._generate(tokens, max_new_tokens, _chooser(temperature, seed), stop)
 
     def _generate(
         self, tokens: list[int], count: int, choose: Callable[[Tensor], int], stop: Collection[int]
     ) -> Iterator[int]:
-        self.reset()
-        logits = self.prefill(tokens)
+        text = self.reset()
+        logits = self.prefill(tokens, of=text)
         for number in range(count):
             token = choose(logits)
             yield token
             if token in stop or number == count - 1:
                 return
-            logits = self.step(token)
+            logits = self.step(token, of=text)
 
-    def _check(self, tokens: list[int], start: int | None = None, more: int = 0) -> None:
+    def _check(self, tokens: list[int], start: int | None = None, more: int = 0, of: int | None = None) -> None:
+        self._native.check_process()
+        if of is not None and of != self._text:
+            raise RecipeError(
+                "The engine holds one text, and another was begun before this one was done. Finish one first, or load "
+                "the model once for each."
+            )
         if not tokens:
             raise RecipeError("There are no tokens: the prompt is empty.")
         wrong = next((token for token in tokens if not 0 <= token < self.vocabulary), None)
@@ -219,18 +242,9 @@ def _tokens(ids: Sequence[int] | Tensor) -> list[int]:
     return [int(token) for token in ids]
 
 
-def likeliest(logits: Tensor) -> int:
-    """The place of the largest of `logits` [vocabulary], the first of equals.
-
-    By NumPy: PyTorch would wake its own threads for that, and those spin on the processors for a while afterwards,
-    beside the engine's that make the next token.
-    """
-    return int(logits.numpy().argmax())
-
-
 def _chooser(temperature: float, seed: int) -> Callable[[Tensor], int]:
     """How a token is taken from logits."""
     if temperature == 0:
         return likeliest
     noise = torch.Generator().manual_seed(seed)
-    return lambda logits: int(torch.multinomial((logits / temperature).softmax(0), 1, generator=noise))
+    return lambda logits: draw(logits / temperature, noise)

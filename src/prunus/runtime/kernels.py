@@ -43,7 +43,9 @@ class Handle:
 
         Raises:
             FormatError: the last dimension of `x` is not the number of columns.
+            PrunusError: this process was forked from the one that made the matrix.
         """
+        self.native.check_process()
         if x.shape[-1:] != (self.columns,):
             raise FormatError(f"The matrix has {self.columns} columns, the input has the shape {tuple(x.shape)}.")
         given = x.detach().to("cpu", torch.float32).contiguous()

@@ -119,6 +119,7 @@ class Native:
         handle: of the pool and the chosen kernels; lives as long as the process.
         isa: instruction set that was chosen.
         threads: of the pool, the calling one included.
+        process: that opened it; a child made by fork has no threads of the pool.
         expands: one instruction expands bytes by a bitmap, so quantised values may be read straight from bitmaps; else
             windows of 16 columns are always built from them.
     """
@@ -128,6 +129,19 @@ class Native:
     isa: str
     threads: int
     expands: bool
+    process: int
+
+    def check_process(self) -> None:
+        """See that the pool's threads are there; without them a product would wait for ever.
+
+        Raises:
+            PrunusError: this process was forked from the one that opened the library.
+        """
+        if os.getpid() != self.process:
+            raise PrunusError(
+                "The model was loaded before this process was forked, and the engine's threads did not come along. "
+                "Load it in this process, or start processes by 'spawn'."
+            )
 
     def check(self, status: int, what: str) -> None:
         """Turn a status of the library into an error.
@@ -155,7 +169,7 @@ def open_native(isa: str, threads: int) -> Native | None:
     """The library with given kernels ("" = the fastest that this processor runs); a pool for each combination.
 
     Raises:
-        RecipeError: unknown instruction set, or one that this processor or this build lacks.
+        RecipeError: unknown instruction set, one that this processor or this build lacks, or too many threads.
     """
     if isa and isa not in ISAS:
         raise RecipeError(f"PRUNUS_ISA={isa!r} is unknown.{near(isa, ISAS)}")
@@ -164,9 +178,13 @@ def open_native(isa: str, threads: int) -> Native | None:
         return None
     handle = library.prunus_open(isa.encode(), threads)
     if not handle:
-        raise RecipeError(f"PRUNUS_ISA={isa!r} cannot run on this processor. It runs: {', '.join(runnable())}.")
+        can = runnable()
+        if isa and isa not in can:
+            raise RecipeError(f"PRUNUS_ISA={isa!r} cannot run on this processor. It runs: {', '.join(can)}.")
+        raise RecipeError(f"The machine does not give this process {threads} threads; set PRUNUS_THREADS to fewer.")
     name = library.prunus_isa(handle).decode()
-    return Native(library, handle, name, library.prunus_threads(handle), bool(library.prunus_expands(handle)))
+    threads, expands = library.prunus_threads(handle), bool(library.prunus_expands(handle))
+    return Native(library, handle, name, threads, expands, os.getpid())
 
 
 def runnable() -> list[str]:

@@ -85,6 +85,7 @@ class Architecture:
         blocks: in order.
         norm: of the last hidden state.
         embedding: name of the embedding module.
+        size: its rows, the vocabulary, and its columns, the width of hidden states.
         head: name of the head's module; the embedding's if they share the weight.
         embedding_scale: what embeddings are multiplied by.
         logit_softcap: 0 = none.
@@ -95,6 +96,7 @@ class Architecture:
     blocks: list[Block]
     norm: Norm
     embedding: str
+    size: tuple[int, int]
     head: str
     embedding_scale: float
     logit_softcap: float
@@ -124,6 +126,7 @@ def read(config: PreTrainedConfig) -> Architecture:
         blocks=[_block(text, layer, where[id(layer)], index) for index, layer in enumerate(layers)],
         norm=_norm(body.norm, where[id(body.norm)], "the last norm"),
         embedding=where[id(embedding)],
+        size=tuple(embedding.weight.shape),  # type: ignore[union-attr,arg-type]
         head=where[id(embedding if _tied(model) else head)],
         embedding_scale=_embedding_scale(embedding),
         logit_softcap=float(getattr(text, "final_logit_softcapping", None) or 0),
@@ -136,7 +139,7 @@ def _build(config: PreTrainedConfig) -> PreTrainedModel:
     try:
         with quiet(), init_empty_weights(include_buffers=False), no_init_weights():
             model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation="eager")
-    except (ValueError, KeyError, ImportError, AttributeError, TypeError) as problem:
+    except Exception as problem:  # any: what a configuration says is taken at its word until something falls over it
         raise NotCovered(f"transformers cannot build it: {str(problem)[:200]}") from None
     return model.eval()
 

@@ -3,6 +3,10 @@
 
 #include "kernels.h"
 
+#if defined(PRUNUS_HAS_NEON) && defined(__linux__)
+#include <sys/auxv.h>
+#endif
+
 namespace prunus {
 
 #define PRUNUS_DECLARE(name) \
@@ -23,6 +27,21 @@ PRUNUS_DECLARE(neon)
 
 namespace {
 
+#if defined(PRUNUS_HAS_NEON)
+// The kernels are compiled for dot products of bytes, which ARM has from 8.2 on: before it (a Raspberry Pi 4's
+// Cortex-A72) one of them would end the process.
+bool dot_products() {
+#if defined(__linux__)
+    constexpr unsigned long ASIMDDP = 1UL << 20;  // HWCAP_ASIMDDP, which old headers lack
+    return getauxval(AT_HWCAP) & ASIMDDP;
+#elif defined(__APPLE__)
+    return true;
+#else
+    return false;  // who cannot be asked gets the portable ones
+#endif
+}
+#endif
+
 struct Candidate {
     const Kernels* kernels;
     bool (*runs)();
@@ -37,18 +56,19 @@ const Candidate CANDIDATES[] = {
                 __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") &&
                 __builtin_cpu_supports("avx512vbmi") && __builtin_cpu_supports("avx512vbmi2") &&
                 __builtin_cpu_supports("avx512vnni") && __builtin_cpu_supports("avx2") &&
-                __builtin_cpu_supports("fma") && __builtin_cpu_supports("bmi2") && __builtin_cpu_supports("popcnt");
+                __builtin_cpu_supports("fma") && __builtin_cpu_supports("bmi") && __builtin_cpu_supports("bmi2") &&
+                __builtin_cpu_supports("f16c") && __builtin_cpu_supports("popcnt");
      }},
 #endif
 #if defined(PRUNUS_HAS_AVX2)
     {&avx2::KERNELS,
      [] {
-         return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("bmi2") &&
-                __builtin_cpu_supports("f16c") && __builtin_cpu_supports("popcnt");
+         return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("bmi") &&
+                __builtin_cpu_supports("bmi2") && __builtin_cpu_supports("f16c") && __builtin_cpu_supports("popcnt");
      }},
 #endif
 #if defined(PRUNUS_HAS_NEON)
-    {&neon::KERNELS, [] { return true; }},
+    {&neon::KERNELS, dot_products},
 #endif
     {&portable::KERNELS, [] { return true; }},
 };
