@@ -15,7 +15,9 @@ from transformers import AutoModelForCausalLM, Gemma3Config, Qwen2Config, Stable
 
 import prunus
 from prunus.cli import main
+from prunus.decoding.dola.options import Dola
 from prunus.decoding.sampling import Sampling
+from prunus.decoding.text import generate
 from prunus.errors import ModelError, PrunusError, RecipeError
 from prunus.packed.linear import SparseLinear, load_sparse
 from prunus.packed.pack import pack
@@ -331,13 +333,38 @@ def test_without_kernels_pytorch_runs_and_says_so(folders, dense, monkeypatch, c
 
 
 @kernels
+@pytest.mark.parametrize(
+    ("asked", "engine"),
+    [
+        ({}, "packed"), ({"dtype": "float32"}, "packed"), ({"dtype": "bfloat16"}, "transformers"),
+        ({"dola": Dola("high")}, "transformers"), ({"model": "dense"}, "transformers"), ({"few": True}, "transformers"),
+        ({"uncovered": True}, "transformers"), ({"engine": "transformers"}, "transformers"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "-".join(value),
+)  # fmt: skip
+def test_a_sparse_folder_is_packed_on_the_fly_where_that_can_be(asked, engine, folders, tmp_path, monkeypatch):
+    """Not for another dtype, not for DoLa, not a dense model, nor one with few zeros, nor what the engine lacks."""
+    asked, folder = dict(asked), tmp_path / "model"
+    shutil.copytree(STORIES if asked.pop("model", "") == "dense" else folders / "pruned", folder)
+    record = folder / "prunus.json"
+    if asked.pop("few", False):
+        held = json.loads(record.read_text())
+        held["result"]["parameters"]["zeros"] //= 2
+        record.write_text(json.dumps(held))
+    if asked.pop("uncovered", False):
+        monkeypatch.setattr("prunus.packed.running.covers", lambda config: "it is not built like a Llama.")
+    found = generate(folder, "Once upon a time", Sampling(max_new_tokens=2), **asked)
+    assert found["engine"] == engine
+
+
+@kernels
 def test_generate_on_the_command_line(folders, capsys):
     words = ["--prompt", "Once upon a time", "--max-new-tokens", "12", "--json", "-q"]
     found = []
     for model in (
         [str(folders / "lossless")],
-        [str(folders / "pruned"), "--engine", "packed"],
         [str(folders / "pruned")],
+        [str(folders / "pruned"), "--engine", "transformers"],
     ):
         assert main(["generate", *model, *words]) == 0
         found.append(json.loads(capsys.readouterr().out))

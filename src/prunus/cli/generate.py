@@ -65,7 +65,9 @@ GENERATE = {
         "--engine NAME",
         MACHINE,
         "What computes: transformers (any model, any device), or packed (compiled kernels on the CPU; an ordinary "
-        "folder is packed on the fly, without loss). Default: packed for a packed folder, else transformers.",
+        "folder is packed on the fly, without loss). Default: packed for a packed folder, and for one that prunus made "
+        "sparse (40 % zeros or more) where the kernels run it and no --dola, --device or --dtype asks for more; else "
+        "transformers.",
     ),
     "device": option("--device DEVICE", MACHINE, "cpu, cuda or cuda:1. Default: cpu."),
     "dtype": option(

@@ -2,11 +2,46 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
-from prunus.errors import RecipeError
+from prunus.errors import PrunusError, RecipeError
 from prunus.models.source import check_folder
+
+# Zeros among the weights that were pruned from which on fewer bytes are read than of the dense model in 16 bits, and
+# the time of packing is soon won back.
+WORTH = 0.4
+
+
+def suits(folder: Path, *, device: str, dtype: str) -> bool:
+    """Whether an ordinary folder is one that prunus made sparse and that the kernels can run here.
+
+    Args:
+        folder: of the model.
+        device: asked for.
+        dtype: asked for.
+    """
+    from prunus.packed.running import uncovered
+    from prunus.runtime.native import available
+
+    if device != "cpu" or dtype not in ("auto", "float32") or _sparsity(folder) < WORTH:
+        return False
+    try:
+        return available() is not None and uncovered(folder) is None
+    except PrunusError:
+        return False  # the engine that is taken instead says what is wrong with the folder
+
+
+def _sparsity(folder: Path) -> float:
+    """Share of zeros in the matrices that were pruned, as the record beside them says; 0 without one."""
+    try:
+        found = json.loads((folder / "prunus.json").read_text("utf-8"))["result"]
+        if "matrix_weights" in found:  # recovered since
+            return float(found["zeros"]["after"] / found["matrix_weights"])
+        return float(found["parameters"]["zeros"] / found["parameters"]["sites"])
+    except (OSError, ValueError, KeyError, TypeError, ZeroDivisionError):
+        return 0.0
 
 
 def check(folder: Path, *, trust_remote_code: bool) -> None:

@@ -12,6 +12,7 @@ from typing import Any
 from prunus.data.tokens import folder_positions, load_tokenizer
 from prunus.decoding import Contrasting, Engine, find_engine
 from prunus.decoding.dola.options import Dola
+from prunus.decoding.packed import suits
 from prunus.decoding.sampling import Sampling
 from prunus.errors import RecipeError
 from prunus.models.source import find, is_packed
@@ -36,7 +37,8 @@ def generate(  # noqa: PLR0913 - the options of the command
         prompt: not empty; it gets the special tokens that the tokenizer puts by itself.
         how: the choice of tokens; greedy, 64 of them, unless given.
         dola: contrast layers so; None: the model's own logits.
-        engine: a row of `ENGINES`; auto: packed for a packed folder, else transformers.
+        engine: a row of `ENGINES`; auto: packed for a packed folder and for a sparse one that the kernels can run
+            (`packed.suits`), without DoLa; else transformers.
         device: such as cpu or cuda:0.
         dtype: auto, float32, bfloat16 or float16.
         trust_remote_code: as in `locate`.
@@ -61,7 +63,9 @@ def generate(  # noqa: PLR0913 - the options of the command
     if any("\ud800" <= letter <= "\udfff" for letter in prompt):  # what Python makes of bytes that it cannot read
         raise RecipeError("The prompt is not text: it has bytes that are no UTF-8. Save it as UTF-8, or type it anew.")
     folder = find(model, trust_remote_code=trust_remote_code)
-    engine = ("packed" if is_packed(folder) else "transformers") if engine == "auto" else engine
+    if engine == "auto":
+        packed = is_packed(folder) or (dola is None and suits(folder, device=device, dtype=dtype))
+        engine = "packed" if packed else "transformers"
     module = find_engine(engine)
     module.check(folder, trust_remote_code=trust_remote_code)
     tokenizer = load_tokenizer(folder)
