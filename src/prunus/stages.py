@@ -48,9 +48,10 @@ def run(
         from prunus.engine import prune
 
         if recipe.recover is not None:
-            from prunus.recovery.stage import check_place
+            from prunus.job import check_out
 
-            check_place(recipe, pruning, Path(recipe.out), overwrite)
+            # What lies there cannot come from a pruned model that is still to be made.
+            check_out(Path(recipe.out), pruning, overwrite)
         # What a recovery is to mend is judged behind it.
         judged = None if recipe.recover is not None else recipe.evaluate
         bare = recipe.model_copy(update={"recover": None, "evaluate": judged})

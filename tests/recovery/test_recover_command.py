@@ -121,10 +121,6 @@ def test_a_recipe_prunes_recovers_and_evaluates_once(tmp_path: Path, capsys: pyt
     assert (tmp_path / "out-pruned" / "config.json").is_file()
     assert main(["run", str(recipe), "-q", "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["skipped"] == ["prune", "recover", "evaluate"]
-    # The pruned model, made again after it was removed, has the same recovery, which is still there.
-    shutil.rmtree(tmp_path / "out-pruned")
-    assert main(["run", str(recipe), "-q", "--json"]) == 0
-    assert json.loads(capsys.readouterr().out)["skipped"] == ["recover", "evaluate"]
 
 
 def test_a_place_that_is_taken_is_seen_before_anything_is_pruned(
@@ -240,7 +236,7 @@ def test_what_prunus_alone_loads_is_recovered_in_its_own_shapes(method: str, tmp
     (folder / "prunus.json").write_text(json.dumps({"result": {"loads": "prunus", "shapes": {}, "sparsity": 0.2}}))
     words = {**SMALL, "method": method, "dense": str(MODEL)}
     if method == "reconstruct":
-        words = {key: value for key, value in words.items() if key not in ("steps", "lr")} | {"samples": 12}
+        words = {key: value for key, value in words.items() if key not in ("steps", "lr")} | {"samples": 64}
     out = tmp_path / "out"
     found = prunus.recover(str(folder), out, **words)
     assert found["loads"] == "prunus"

@@ -157,7 +157,7 @@ def _start(
 ) -> None:
     """Closed forms, matrix by matrix, the one that closes the part last and on the inputs that it then has.
 
-    A matrix that no token reached stays as it is, and one of another shape than its twin, unless it closes the part.
+    A matrix that no token reached stays as it is, and one of another shape than its twin.
     """
     twins = {slot.info.name: slot for slot in facing.same.slots}
     for slot in facing.part.slots:
@@ -166,11 +166,9 @@ def _start(
             continue
         wanted = Wanted(twin.matrix().weight, None if slot.expert is not None else getattr(twin.module, "bias", None))
         _solve(form, job, slot, twin.matrix().weight, meetings[slot.info.name], wanted)
-    if last is not None:
-        twin = twins.get(last.info.name)
-        same = twin is not None and twin.info.shape == last.info.shape
-        base = twin.matrix().weight if same and twin is not None else last.matrix().weight.clone()
-        _solve(form, job, last, base, meet_end(facing, last, lessons, job.device), Wanted())
+    twin = twins.get(last.info.name) if last is not None else None
+    if last is not None and twin is not None and twin.info.shape == last.info.shape:
+        _solve(form, job, last, twin.matrix().weight, meet_end(facing, last, lessons, job.device), Wanted())
 
 
 def _solve(form: Form, job: RecoveryJob, slot: Slot, base: Tensor, met: Meeting, wanted: Wanted) -> None:
