@@ -168,7 +168,11 @@ def _frontier(model: str, rows: Sequence[Mapping[str, Any]]) -> str:
         cells.append([name, f"{row['perplexity']:,.2f}", *speeds, f"{row['file_bytes'] / 1e6:,.1f}", best])
     head = ["", "perplexity", "tokens/s", "over dense int8", "MB on disk", "beaten by none"]
     first = rows[0]
-    notes = [f"\\* {note}." for note in sorted({row["note"] for row in rows if row.get("note")})]
+    noted: dict[str, list[str]] = {}
+    for row in rows:
+        if row.get("note"):
+            noted.setdefault(row["note"], []).append(row["name"])
+    notes = [f"\\* {', '.join(names)}: {note}." for note, names in noted.items()]
     below = (
         f"{NAMES.get(model, model)}, {first['method']} on {first['samples']} samples; {first['windows']} windows of "
         f"{first['length']} tokens of {first['text']}; decoding on {first['threads']} threads, each beside our dense "

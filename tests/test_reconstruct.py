@@ -142,6 +142,17 @@ def digest(folder: Path) -> dict[str, str]:
     return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
 
 
+def test_the_matrix_that_closes_a_part_makes_up_for_those_before_it(
+    half: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Told what the hidden states lack, it leaves less than told what its twin gives."""
+    found = prunus.recover(half, tmp_path / "told", **QUICK, settings={"epochs": 0})
+    monkeypatch.setattr("prunus.recovery.rebuild.closing", lambda *_: None)
+    other = prunus.recover(half, tmp_path / "not", **QUICK, settings={"epochs": 0})
+    first, second = parts(found)[:2], parts(other)[:2]
+    assert all(one["after"] < 0.99 * two["after"] for one, two in zip(first, second, strict=True)), (first, second)
+
+
 @pytest.mark.parametrize("after", [1, 3])
 def test_an_interrupted_run_ends_with_the_same_bits(
     after: int, half: Path, usual: dict, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -9,8 +9,7 @@ from typing import Any
 from prunus.errors import PrunusError, RecipeError
 from prunus.models.source import check_folder
 
-# Zeros among the weights that were pruned from which on fewer bytes are read than of the dense model in 16 bits, and
-# the time of packing is soon won back.
+# Share of zeros among the weights that were pruned from which on the packed engine is taken without being asked for.
 WORTH = 0.4
 
 
